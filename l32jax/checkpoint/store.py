@@ -1,0 +1,294 @@
+"""Saves and restores a train state: asynchronously, verified, onto any mesh. The one home of Orbax.
+
+Orbax writes the arrays and no more. Its CheckpointManager changes files after the last moment at
+which it would let us hash them, so steps.py has the (few) things that manager is for.
+"""
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from l32jax.checkpoint import digests
+from l32jax.checkpoint.steps import CONFIG, FILES, ITERATOR, STATE, Steps
+from l32jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+# A failed save is an exception here; Orbax would log its traceback of some hundred lines too.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class SaveError(OSError):
+    """A step could not be written; what was written of it is removed, older steps are as before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """All of a step. `iterator_states` has one entry per process of the run that saved it."""
+
+    step: int
+    state: Any
+    iterator_states: tuple[bytes, ...]
+    config_json: str
+
+
+class Reader:
+    """Reads the steps of a directory, also while a trainer writes there."""
+
+    def __init__(self, directory: str | os.PathLike):
+        self._steps = Steps(directory)
+
+    def steps(self) -> list[int]:
+        """Every step that has a directory, ascending, damaged or not."""
+        return self._steps.all()
+
+    def latest_step(self) -> int | None:
+        """The newest step that has digests; restoring may still find them violated."""
+        return self._steps.latest()
+
+    def restore(self, target: Any) -> Restored:
+        """The newest undamaged step, its arrays placed as `target` says.
+
+        `target` is a tree of `jax.ShapeDtypeStruct` (or arrays) with shardings on real devices.
+        InputError if no step is undamaged, or if names, shapes or dtypes differ from the target's.
+        """
+        step = self._undamaged_step()
+        path = self._steps.path(step)
+        iterators = sorted((path / ITERATOR).iterdir(), key=lambda file: int(file.stem))
+        return Restored(
+            step,
+            self._restore_arrays(step, target),
+            tuple(file.read_bytes() for file in iterators),
+            (path / CONFIG).read_text(encoding="utf-8"),
+        )
+
+    def restore_params(self, target: Any) -> Any:
+        """Only the `params` of the newest undamaged step, for inference and export."""
+        target = {"params": target}
+        return self._restore_arrays(self._undamaged_step(), target, below="params/")["params"]
+
+    def read_config(self, step: int | None = None) -> str:
+        """The config JSON of a step, by default of the newest."""
+        return self._steps.read(CONFIG, step).decode()
+
+    def read_file(self, name: str, step: int | None = None) -> bytes:
+        """An extra file of a step, by default of the newest."""
+        return self._steps.read(f"{FILES}/{name}", step)
+
+    def _undamaged_step(self) -> int:
+        """Process 0 looks, and all processes follow it."""
+        step, complaints = None, {}
+        if jax.process_index() == 0:
+            step, complaints = self._steps.newest_undamaged()
+        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+        if chosen < 0:
+            raise self._steps.nothing_usable(complaints)
+        for bad, complaint in complaints.items():
+            path = self._steps.path(bad)
+            logger.warning("checkpoint in %s: %s; using step %d instead", path, complaint, chosen)
+        return chosen
+
+    def _restore_arrays(self, step: int, target: Any, *, below: str = "") -> Any:
+        path = self._steps.path(step)
+        wanted = _named(target)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            metadata: Any = checkpointer.metadata(path / STATE)
+            saved = metadata.item_metadata.tree
+            saved = {name: leaf for name, leaf in saved.items() if name.startswith(below)}
+            _require_equal(wanted, saved, path)
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            )
+            arrays = checkpointer.restore(path / STATE, args=arguments)
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
+
+
+class Store(Reader):
+    """The one writer of a directory: saves while training goes on, keeps the newest `keep` steps.
+
+    All processes of a run make one together, call the same methods in the same order, and close it.
+    Damaged steps that `restore` passed over make way for the next save.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+        assert keep >= 1
+        super().__init__(directory)
+        self._keep = keep
+        self._lock = self._steps.lock() if jax.process_index() == 0 else None
+        if self._lock:
+            self._steps.remove_temporaries()
+        self._rejected: set[int] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        config_json: str,
+        iterator_state: bytes = b"",
+        extra_files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Copies the state to host memory and returns; a thread writes it.
+
+        `state` is a tree of arrays, which may be donated as soon as this returns; `iterator_state`
+        is this process's. SaveError if the save before failed; this one is then under way all the
+        same. InputError if the directory has this step or a newer one that was not found damaged.
+        """
+        failure = self._finish()
+        if newer := [s for s in self.steps() if s >= step and s not in self._rejected]:
+            raise InputError(
+                f"step {step} in {self._steps.directory}: step {newer[-1]} is there already; "
+                "resume from it, or give the run another directory"
+            )
+        files = {CONFIG: config_json.encode()}
+        for process, content in enumerate(_gathered(iterator_state)):
+            files[f"{ITERATOR}/{process}.bin"] = content
+        for name, content in (extra_files or {}).items():
+            assert name == Path(name).name, f"{name!r} is not a plain file name"
+            files[f"{FILES}/{name}"] = content
+        self._start(step, _named(state), files)
+        if failure:
+            raise failure
+
+    def wait(self) -> None:
+        """Returns when the last save is a finished step; SaveError if it failed."""
+        if failure := self._finish():
+            raise failure
+
+    def close(self) -> None:
+        """Waits, and lets another trainer in; SaveError if the last save failed."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._lock:
+                self._lock.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _undamaged_step(self) -> int:
+        self.wait()
+        chosen = super()._undamaged_step()
+        self._rejected = {step for step in self.steps() if step > chosen}
+        return chosen
+
+    def _start(self, step: int, arrays: dict[str, Any], files: dict[str, bytes]) -> None:
+        temporary = self._steps.temporary(step)
+        checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        try:
+            if self._lock:
+                self._steps.remove_temporaries()
+                temporary.mkdir()
+            with jax.transfer_guard("allow"):
+                checkpointer.save(temporary / STATE, args=ocp.args.PyTreeSave(arrays))
+        except BaseException as error:
+            checkpointer.close()
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise self._save_error(step, error) from error
+            raise
+        self._saving = step, self._thread.submit(self._complete, step, files, checkpointer)
+
+    def _complete(
+        self, step: int, files: dict[str, bytes], checkpointer: ocp.AsyncCheckpointer
+    ) -> None:
+        """Runs in the thread: when the arrays are written adds the rest, and commits."""
+        try:
+            checkpointer.wait_until_finished()
+        finally:
+            checkpointer.close()
+        if not self._lock:
+            return
+        temporary = self._steps.temporary(step)
+        for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content)
+        digests.write(temporary)
+        self._steps.commit(step)
+        good = [s for s in self.steps() if s == step or s not in self._rejected]
+        self._steps.keep_only(good[-self._keep :])
+
+    def _finish(self) -> SaveError | None:
+        """Waits for the save under way; the error of any process is the error of all."""
+        if self._saving is None:
+            return None
+        (step, future), self._saving = self._saving, None
+        error = future.exception()
+        if not any(_gathered(b"failed" if error else b"")):
+            self._rejected.discard(step)
+            return None
+        shutil.rmtree(self._steps.temporary(step), ignore_errors=True)
+        failure = self._save_error(step, error)
+        failure.__cause__ = error
+        return failure
+
+    def _save_error(self, step: int, error: BaseException | None) -> SaveError:
+        reason = str(error or "another process failed").splitlines() or [type(error).__name__]
+        free = shutil.disk_usage(self._steps.directory).free / 2**20
+        return SaveError(
+            f"step {step} in {self._steps.directory}: it could not be saved ({reason[0][:200]}), "
+            f"and {free:.0f} MiB of the disk are free; older steps are intact, make room"
+        )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by name, like params/decoder/groups/blocks/0/mlp_gate, in the order of flattening.
+
+    Orbax gets this instead of the tree: integer keys, named tuples and None then need no care.
+    """
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves have one name"
+    return named
+
+
+def _require_equal(wanted: dict[str, Any], saved: dict[str, Any], where: Path) -> None:
+    """InputError unless names, shapes and dtypes agree: Orbax casts dtypes without a word."""
+    differing = [
+        f"{name} (saved as {_type(saved[name])}, needed as {_type(leaf)})"
+        for name, leaf in wanted.items()
+        if name in saved and _type(saved[name]) != _type(leaf)
+    ]
+    for complaint, names in (
+        ("the checkpoint lacks", [name for name in wanted if name not in saved]),
+        ("the checkpoint has, but not the model,", [name for name in saved if name not in wanted]),
+        ("the types differ of", differing),
+    ):
+        if names:
+            few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            raise InputError(
+                f"arrays in {where}: {complaint} {few}; use the config that it was saved with"
+            )
+
+
+def _type(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _gathered(content: bytes) -> list[bytes]:
+    """Every process's bytes, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [content]
+    with jax.transfer_guard("allow"):
+        lengths = multihost_utils.process_allgather(np.int32(len(content)))
+        padded = np.zeros(max(lengths.max(), 1), np.uint8)
+        padded[: len(content)] = np.frombuffer(content, np.uint8)
+        rows = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]

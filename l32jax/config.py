@@ -1,0 +1,247 @@
+"""Every knob, as frozen dataclasses: what is not here cannot be changed from outside."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from ast import literal_eval
+from typing import Any, Literal, TypeVar
+
+from l32jax.errors import InputError
+
+ConfigT = TypeVar("ConfigT")
+BlockKind = Literal["self", "cross"]
+Behaviour = Literal["meta", "hf"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's frequency-dependent interpolation of rotary embeddings."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A stack of `num_groups` identical groups, each made of the blocks in `group_pattern`.
+
+    Text models repeat one self-attention block; vision models repeat five blocks of which the
+    fourth attends to images. One scan runs either, and compiles one group.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_groups: int
+    group_pattern: tuple[BlockKind, ...] = ("self",)
+    tied_embedding: bool = False
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    max_context: int = 131_072
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads="
+                f"{self.num_kv_heads}: each key/value head serves a whole group of query heads"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim={self.head_dim} must be even: rotary pairs split it")
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of either kind, in Hugging Face's flat numbering."""
+        return self.num_groups * len(self.group_pattern)
+
+    def count(self, kind: BlockKind) -> int:
+        return self.num_groups * self.group_pattern.count(kind)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The tiled image encoder: local blocks, then gated global ones.
+
+    `taps` are the local layers before which the intermediate features are taken.
+    """
+
+    image_size: int
+    embed_dim: int = 1280
+    num_heads: int = 16
+    mlp_dim: int = 5120
+    num_local_layers: int = 32
+    num_global_layers: int = 8
+    taps: tuple[int, ...] = (3, 7, 15, 23, 30)
+    patch_size: int = 14
+    max_tiles: int = 4
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
+            )
+        if list(self.taps) != sorted(set(self.taps)) or max(self.taps) >= self.num_local_layers:
+            raise InputError(
+                f"taps={self.taps} must be increasing and below "
+                f"num_local_layers={self.num_local_layers}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """The patches of a tile and its class token."""
+        return self.grid**2 + 1
+
+    @property
+    def feature_dim(self) -> int:
+        """The final features beside every intermediate one."""
+        return self.embed_dim * (1 + len(self.taps))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compat:
+    """Whose behaviour to follow in the two places where Hugging Face differs from Meta.
+
+    row_mask: text rows that see no image get nothing from cross-attention ("meta"), or attend to
+      every image token of their batch row, and only skip the MLP ("hf", transformers 4.45 to 5.23).
+    vision_intermediates: taken before the block of each tap ("meta"), or after it ("hf",
+      transformers 4.56 to 5.23).
+    """
+
+    row_mask: Behaviour = "meta"
+    vision_intermediates: Behaviour = "meta"
+
+    @classmethod
+    def like(cls, name: Behaviour) -> "Compat":
+        return cls(row_mask=name, vision_intermediates=name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """What the weights are: a decoder, and for vision models the image encoder beside it."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig | None = None
+    compat: Compat = Compat()
+
+    def __post_init__(self):
+        if ("cross" in self.decoder.group_pattern) != (self.vision is not None):
+            raise InputError(
+                f"group_pattern={self.decoder.group_pattern} and vision={self.vision} disagree: "
+                "cross-attention blocks need an image encoder, and only they do"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1, at most once, takes what the others leave over."""
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+
+
+def override(config: ConfigT, assignment: str) -> ConfigT:
+    """Returns `config` with one `dotted.path=value` applied, checked against the field's type."""
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise InputError(f"override {assignment!r} is not of the form path=value")
+    head, _, rest = path.partition(".")
+    hints = typing.get_type_hints(type(config))
+    if head not in hints:
+        hint = did_you_mean(head, hints)
+        raise InputError(f"{type(config).__name__} has no field {head!r}{hint}")
+    old = getattr(config, head)
+    if not rest:
+        value = _parse(text, hints[head], where=path)
+    elif isinstance(old, tuple):  # stages.0.num_steps=10
+        value = _override_item(old, rest, text, where=path)
+    elif dataclasses.is_dataclass(old):
+        value = override(old, f"{rest}={text}")
+    else:
+        raise InputError(f"{head} of {type(config).__name__} has no parts, so not {rest!r}")
+    return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _override_item(items: tuple, rest: str, text: str, where: str) -> tuple:
+    index, _, rest = rest.partition(".")
+    if not index.isdigit() or int(index) >= len(items) or not rest:
+        raise InputError(f"{where} needs an index below {len(items)} and a field, not {index!r}")
+    position = int(index)
+    new = override(items[position], f"{rest}={text}")
+    return (*items[:position], new, *items[position + 1 :])
+
+
+def _parse(text: str, kind: Any, where: str) -> Any:
+    if kind is str:
+        return text
+    try:
+        value = literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text  # a bare word, for Literal[...] and `str | None`
+    return decode(kind, value, where)
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(kind: type[ConfigT], text: str) -> ConfigT:
+    """The config that `to_json` wrote; an unknown, missing or mistyped field is an error."""
+    try:
+        return decode(kind, json.loads(text), kind.__name__)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{kind.__name__} is not JSON: {error}") from None
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """`value`, made of JSON's types, as the annotated type `kind`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        for name in value.keys() - hints.keys():
+            raise InputError(f"{where} has no field {name!r}{did_you_mean(name, hints)}")
+        parts = {name: decode(hints[name], part, f"{where}.{name}") for name, part in value.items()}
+        try:
+            return kind(**parts)  # type: ignore[operator]
+        except TypeError as error:
+            raise InputError(f"{where}: {error}") from None
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return decode(kind, value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise InputError(f"{where}={value!r} must be one of {', '.join(map(repr, arguments))}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
+        if len(kinds) != len(value):
+            raise InputError(f"{where} needs {len(kinds)} values, not {len(value)}")
+        return tuple(
+            decode(k, v, f"{where}.{i}") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise InputError(f"{where}={value!r} is a {type(value).__name__}, expected {kind}")

@@ -1,0 +1,102 @@
+"""The layers that every block of the family is made of; `sharding` explains the letters."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from l32jax.sharding import activation_spec, param_spec
+
+
+def normal_param(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    """A parameter that is born sharded, as the alphabet says."""
+    init = jax.nn.initializers.normal(scale)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=param_spec(dims)))
+
+
+def gate_param() -> nnx.Param:
+    """The scalar whose tanh lets a branch in: closed at first."""
+    return nnx.Param(jnp.zeros(()))
+
+
+class RMSNorm(nnx.Module):
+    """Normalises the last dimension in float32, rounds to x's dtype, then scales (as Meta)."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse_rms).astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        inverse_std = jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.eps)
+        return (centred * inverse_std * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """Maps dimensions `ins` to `outs`; the one place where a weight meets an activation.
+
+    Projection({"d": 2048, "n": 32, "h": 64}, "d", "nh") maps an embedding to 32 heads of 64.
+    Weights are stored [outs, ins], torch's layout: conversion never transposes.
+    """
+
+    def __init__(
+        self, sizes: dict[str, int], ins: str, outs: str, *, bias: bool = False, rngs: nnx.Rngs
+    ):
+        in_shape, out_shape = (tuple(sizes[dim] for dim in dims) for dims in (ins, outs))
+        self.ins, self.outs = ins, outs
+        scale = math.prod(in_shape) ** -0.5
+        self.weight = normal_param(rngs, outs + ins, (*out_shape, *in_shape), scale)
+        # A bias is sharded as the activation it is added to.
+        zeros = jnp.zeros(out_shape, out_sharding=activation_spec(outs)) if bias else None
+        self.bias = nnx.Param(zeros) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """[b t ins] -> [b t outs], accumulated in float32."""
+        y = jnp.einsum(
+            f"bt{self.ins},{self.outs}{self.ins}->bt{self.outs}",
+            x,
+            self.weight[...].astype(x.dtype),
+            preferred_element_type=jnp.float32,
+            out_sharding=activation_spec("bt" + self.outs),
+        )
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    def __init__(self, embed_dim: int, mlp_dim: int, *, rngs: nnx.Rngs):
+        sizes = {"d": embed_dim, "f": mlp_dim}
+        self.gate = Projection(sizes, "d", "f", rngs=rngs)
+        self.up = Projection(sizes, "d", "f", rngs=rngs)
+        self.down = Projection(sizes, "f", "d", rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class GeluMLP(nnx.Module):
+    """The image encoder's MLP: biases, and the exact (erf) GELU."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int, *, rngs: nnx.Rngs):
+        sizes = {"d": embed_dim, "f": mlp_dim}
+        self.up = Projection(sizes, "d", "f", bias=True, rngs=rngs)
+        self.down = Projection(sizes, "f", "d", bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))

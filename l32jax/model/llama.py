@@ -1,0 +1,116 @@
+"""The whole model as functions of (config, parameters, arrays): the one door to Flax."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from l32jax.config import LlamaConfig
+from l32jax.model.attention import Interval
+from l32jax.model.cache import Cache
+from l32jax.model.decoder import Decoder, Saved
+from l32jax.model.layers import Projection
+from l32jax.model.parameters import Params
+from l32jax.model.vision import VisionEncoder
+
+
+class Images(NamedTuple):
+    """The images of a batch; empty slots have aspect (0, 0) and zero tiles.
+
+    tile_index lists the tiles on the axis that text attends to, as image * c + tile of the row:
+    used tiles first, image by image.
+    """
+
+    tiles: Float[Array, "b i c 3 y x"]
+    aspect: Int[Array, "b i 2"]
+    tile_index: Int[Array, "b m"]
+
+
+class Llama(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.decoder = Decoder(config, rngs=rngs)
+        if config.vision is not None:
+            self.vision = VisionEncoder(config, rngs=rngs)
+            sizes = {"e": config.vision.feature_dim, "d": config.decoder.embed_dim}
+            self.projector = Projection(sizes, "e", "d", bias=True, rngs=rngs)
+
+    def features(self, images: Images) -> Float[Array, "b i c p e"]:
+        batch, num_images = images.aspect.shape[:2]
+        flat = (images.tiles, images.aspect)
+        tiles, aspect = (a.reshape(batch * num_images, *a.shape[2:]) for a in flat)
+        features = self.vision(tiles, aspect)
+        return features.reshape(batch, num_images, *features.shape[1:])
+
+    def project(self, features: Float[Array, "b i c p e"]) -> Float[Array, "b i c p d"]:
+        flat = features.reshape(features.shape[0], -1, features.shape[-1])
+        return self.projector(flat).reshape(*features.shape[:-1], -1)
+
+    def vision_tokens(self, images: Images) -> Float[Array, "b s d"]:
+        """The projected tokens of the listed tiles, end to end."""
+        projected = self.project(self.features(images))
+        batch, num_images, num_tiles, num_tokens, width = projected.shape
+        tiles = projected.reshape(batch, num_images * num_tiles, num_tokens, width)
+        chosen = jax.vmap(lambda row, index: row[index])(tiles, images.tile_index)
+        return chosen.reshape(batch, -1, width)
+
+
+@functools.lru_cache(maxsize=32)
+def definition(config: LlamaConfig) -> nnx.GraphDef:
+    """The architecture without its arrays."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+
+
+def bind(config: LlamaConfig, params: Params) -> Llama:
+    """The model with its arrays; use it inside jit."""
+    return nnx.merge(definition(config), params)
+
+
+def init_params(config: LlamaConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters as a plain nested dict; under a mesh, each is born on its devices."""
+    params = nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key))))
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def abstract_params(config: LlamaConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes, dtypes and shardings of `init_params`, without allocating anything."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+
+
+class Output(NamedTuple):
+    states: Float[Array, "b t d"]
+    cache: Cache | None
+
+
+def forward(
+    model: Llama,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    text: Interval,
+    *,
+    seen_images: Interval | None = None,
+    images: Images | None = None,
+    cache: Cache | None = None,
+    write_at: Int[Array, "b"] | None = None,
+    saved: Saved = "everything",
+    dtype: Any = None,
+) -> Output:
+    """Tokens to final states, for training, prefill and decoding alike.
+
+    Args:
+      positions: rotary position of each token in its document.
+      text: the key slots each token sees, of this row or, with a cache, of the cache.
+      seen_images: the image tokens that each text token sees; None for a text-only call.
+      images: encoded here; None while decoding, when their keys and values are in the cache.
+      write_at: the cache slot of each row's first new token.
+      dtype: of activations; by default that of the parameters.
+    """
+    decoder = model.decoder
+    dtype = dtype or decoder.embedding.weight[...].dtype
+    vision = None
+    if images is not None:
+        vision = model.vision_tokens(images._replace(tiles=images.tiles.astype(dtype)))
+    context = decoder.context(positions, text, seen_images, vision, write_at)
+    return Output(*decoder(decoder.embed(tokens, dtype), context, cache, saved=saved))

@@ -1,0 +1,74 @@
+"""Parameters as a plain nested dict: their names, their parts, their number."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from l32jax.config import LlamaConfig
+
+Params = Any
+Part = Literal["language_model", "vision_tower", "adapter"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def path_name(path: tuple) -> str:
+    """decoder/groups/blocks/0/attention/query/weight"""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def part_of(path: str, config: LlamaConfig) -> Part:
+    """Which of the three parts, that are frozen and trained as a whole, a parameter belongs to.
+
+    The adapter is what turns a language model into a vision model beside the image encoder:
+    cross-attention blocks with their gates, the projector and the image token's embedding.
+    """
+    if path.startswith("vision/"):
+        return "vision_tower"
+    if path.startswith(("projector/", "decoder/image_embedding/")):
+        return "adapter"
+    groups = "decoder/groups/blocks/"
+    if path.startswith(groups):
+        slot = int(path.removeprefix(groups).split("/", 1)[0])
+        return "adapter" if config.decoder.group_pattern[slot] == "cross" else "language_model"
+    return "language_model"
+
+
+def trains(parts: Iterable[Part], config: LlamaConfig) -> Callable[[str], bool]:
+    """The path filter that is true of the given parts."""
+    chosen = frozenset(parts)
+    return lambda path: part_of(path, config) in chosen
+
+
+def partition(params: Params, is_trainable: Callable[[str], bool]) -> tuple[Params, Params]:
+    """Splits into (trainable, frozen), each with None where the other has the leaf."""
+    kept = jax.tree.map_with_path(lambda path, _: is_trainable(path_name(path)), params)
+    trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, kept)
+    frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, params, kept)
+    return trainable, frozen
+
+
+def combine(trainable: Params, frozen: Params) -> Params:
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
+    )
+
+
+def count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def on_mesh(abstract: Params, mesh: Mesh) -> Params:
+    """Names the devices in the shardings of `eval_shape`, which knows only an abstract mesh."""
+
+    def place(leaf):
+        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract)

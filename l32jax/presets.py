@@ -1,0 +1,119 @@
+"""The members of the family, and the tiny ones that tests train.
+
+Sources: llama-models `sku_list.py` (shapes), the model cards (context, image sizes).
+"""
+
+from dataclasses import replace
+
+from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling, VisionConfig, did_you_mean
+from l32jax.errors import InputError
+
+VISION_PATTERN = ("self", "self", "self", "cross", "self")
+
+LLAMA3_2_1B = LlamaConfig(
+    decoder=DecoderConfig(
+        vocab_size=128_256,
+        embed_dim=2048,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        mlp_dim=8192,
+        num_groups=16,
+        tied_embedding=True,
+        rope_scaling=RopeScaling(factor=32.0),
+    )
+)
+LLAMA3_2_3B = LlamaConfig(
+    decoder=replace(LLAMA3_2_1B.decoder, embed_dim=3072, num_heads=24, head_dim=128, num_groups=28)
+)
+LLAMA3_1_8B = LlamaConfig(
+    decoder=DecoderConfig(
+        vocab_size=128_256,
+        embed_dim=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=14_336,
+        num_groups=32,
+        rope_scaling=RopeScaling(factor=8.0),
+    )
+)
+LLAMA3_1_70B = LlamaConfig(
+    decoder=replace(
+        LLAMA3_1_8B.decoder, embed_dim=8192, num_heads=64, mlp_dim=28_672, num_groups=80
+    )
+)
+
+
+def with_vision(trunk: LlamaConfig, vision: VisionConfig) -> LlamaConfig:
+    """The trunk with one cross-attention block grafted before every fourth self-attention one."""
+    groups = trunk.decoder.num_groups // VISION_PATTERN.count("self")
+    decoder = replace(trunk.decoder, num_groups=groups, group_pattern=VISION_PATTERN)
+    return LlamaConfig(decoder=decoder, vision=vision)
+
+
+LLAMA3_2_11B_VISION = with_vision(LLAMA3_1_8B, VisionConfig(image_size=448))
+LLAMA3_2_11B_VISION_INSTRUCT = with_vision(LLAMA3_1_8B, VisionConfig(image_size=560))
+LLAMA3_2_90B_VISION = with_vision(LLAMA3_1_70B, VisionConfig(image_size=560))
+
+SMOLLM2_135M = LlamaConfig(
+    decoder=DecoderConfig(
+        vocab_size=49_152,
+        embed_dim=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_dim=1536,
+        num_groups=30,
+        tied_embedding=True,
+        rope_theta=100_000.0,
+        max_context=8192,
+    )
+)
+
+# 256 bytes and 256 special tokens: the tokenizer that needs no file.
+TINY_TEXT = LlamaConfig(
+    decoder=DecoderConfig(
+        vocab_size=512,
+        embed_dim=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=160,
+        num_groups=4,
+        tied_embedding=True,
+        rope_scaling=RopeScaling(factor=32.0),
+        max_context=1024,
+    )
+)
+TINY_VISION = with_vision(
+    TINY_TEXT,
+    VisionConfig(
+        image_size=28,
+        embed_dim=32,
+        num_heads=2,
+        mlp_dim=64,
+        num_local_layers=3,
+        num_global_layers=1,
+        taps=(1, 2),
+    ),
+)
+
+PRESETS = {
+    "llama3.2-1b": LLAMA3_2_1B,
+    "llama3.2-3b": LLAMA3_2_3B,
+    "llama3.1-8b": LLAMA3_1_8B,
+    "llama3.1-70b": LLAMA3_1_70B,
+    "llama3.2-11b-vision": LLAMA3_2_11B_VISION,
+    "llama3.2-11b-vision-instruct": LLAMA3_2_11B_VISION_INSTRUCT,
+    "llama3.2-90b-vision": LLAMA3_2_90B_VISION,
+    "smollm2-135m": SMOLLM2_135M,
+    "tiny-text": TINY_TEXT,
+    "tiny-vision": TINY_VISION,
+}
+
+
+def preset(name: str) -> LlamaConfig:
+    if name not in PRESETS:
+        raise InputError(f"no preset is called {name!r}{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
