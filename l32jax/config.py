@@ -6,6 +6,7 @@ import json
 import types
 import typing
 from ast import literal_eval
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from l32jax.errors import InputError
@@ -13,6 +14,7 @@ from l32jax.errors import InputError
 ConfigT = TypeVar("ConfigT")
 BlockKind = Literal["self", "cross"]
 Behaviour = Literal["meta", "hf"]
+Part = Literal["language_model", "vision_tower", "adapter"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,75 @@ class MeshConfig:
     tensor: int = 1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW behind a warm-up to `peak_lr` and a decay to `final_lr`; gradients clipped by norm."""
+
+    peak_lr: float
+    final_lr: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a stage reads: a mixture of named sources, laid out in rows of fixed shape.
+
+    mixture: (source, share of rows); see `data.sources` for the names.
+    length: text tokens of a row.
+    max_images, max_tiles: images of a row and tiles of an image; 0 images for text only.
+    turn_images: each image flipped or turned at random, for answers that do not depend on it.
+    """
+
+    mixture: tuple[tuple[str, float], ...]
+    batch_size: int
+    length: int
+    max_images: int = 0
+    max_tiles: int = 4
+    turn_images: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Part of a run: which parameters learn, from what, for how long."""
+
+    name: str
+    num_steps: int
+    trains: tuple[Part, ...]
+    data: DataConfig
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run: stages in order, each starting from the parameters of the one before.
+
+    start_from: a checkpoint or preset whose parameters the first stage starts from; None for
+      random ones.
+    tokenizer: a file or folder; None for the tokenizer that stands beside `start_from`.
+    dtype: of activations; parameters are float32.
+    saved: what the backward pass finds saved and need not compute again.
+    """
+
+    model: LlamaConfig
+    stages: tuple[StageConfig, ...]
+    directory: str
+    tokenizer: str | None = None
+    start_from: str | None = None
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    saved: Literal["everything", "dots", "nothing"] = "everything"
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+
+
 def override(config: ConfigT, assignment: str) -> ConfigT:
     """Returns `config` with one `dotted.path=value` applied, checked against the field's type."""
     path, equals, text = assignment.partition("=")
@@ -176,7 +247,7 @@ def override(config: ConfigT, assignment: str) -> ConfigT:
     return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
 
 
-def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 

@@ -20,14 +20,15 @@ def write(directory: Path) -> None:
 
     Who needs the digests to appear at once renames the directory afterwards.
     """
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    sidecar = directory / SIDECAR
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != sidecar)
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(_digest, files)
         lines = [
             f"{digest}  {path.relative_to(directory).as_posix()}\n"
             for digest, path in zip(found, files, strict=True)
         ]
-        (directory / SIDECAR).write_bytes(_with_header("".join(lines)))
+        sidecar.write_bytes(_with_header("".join(lines)))
         list(pool.map(sync, [*directory.rglob("*"), directory]))
 
 
@@ -84,5 +85,5 @@ def _read(sidecar: Path) -> dict[str, str]:
     _, _, body = content.decode().partition("\n")
     if content != _with_header(body):
         raise ValueError(sidecar)
-    pairs = (line.split("  ", maxsplit=1) for line in body.splitlines())
+    pairs = (line.split("  ", maxsplit=1) for line in body.split("\n")[:-1])
     return {name: digest for digest, name in pairs}

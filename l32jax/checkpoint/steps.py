@@ -14,6 +14,7 @@ step's name is finished.
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO
@@ -76,6 +77,14 @@ class Steps:
             self.remove(step)
         os.rename(self.temporary(step), self.path(step))
         digests.sync(self.directory)
+
+    def discard(self, step: int) -> None:
+        """Removes a failed save; writes that Orbax has abandoned may come in for a moment yet."""
+        for _ in range(20):
+            shutil.rmtree(self.temporary(step), ignore_errors=True)
+            time.sleep(0.1)
+            if not self.temporary(step).exists():
+                return
 
     def remove(self, step: int) -> None:
         """Renames first: a half-deleted step must not look like a damaged one."""

@@ -5,9 +5,12 @@ which it would let us hash them, so steps.py has the (few) things that manager i
 """
 
 import dataclasses
+import gc
 import logging
 import os
+import re
 import shutil
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +22,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from l32jax.checkpoint import digests
+from l32jax.checkpoint.arrays import named, require_equal
 from l32jax.checkpoint.steps import CONFIG, FILES, ITERATOR, STATE, Steps
 from l32jax.errors import InputError
 
 logger = logging.getLogger(__name__)
-# A failed save is an exception here; Orbax would log its traceback of some hundred lines too.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class SaveError(OSError):
@@ -99,12 +101,12 @@ class Reader:
 
     def _restore_arrays(self, step: int, target: Any, *, below: str = "") -> Any:
         path = self._steps.path(step)
-        wanted = _named(target)
+        wanted = named(target)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata: Any = checkpointer.metadata(path / STATE)
             saved = metadata.item_metadata.tree
             saved = {name: leaf for name, leaf in saved.items() if name.startswith(below)}
-            _require_equal(wanted, saved, path)
+            require_equal(wanted, saved, path)
             arguments = ocp.args.PyTreeRestore(
                 item=wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -125,6 +127,7 @@ class Store(Reader):
         assert keep >= 1
         super().__init__(directory)
         self._keep = keep
+        _quieten_orbax()
         self._lock = self._steps.lock() if jax.process_index() == 0 else None
         if self._lock:
             self._steps.remove_temporaries()
@@ -159,7 +162,7 @@ class Store(Reader):
         for name, content in (extra_files or {}).items():
             assert name == Path(name).name, f"{name!r} is not a plain file name"
             files[f"{FILES}/{name}"] = content
-        self._start(step, _named(state), files)
+        self._start(step, named(state), files)
         if failure:
             raise failure
 
@@ -180,8 +183,13 @@ class Store(Reader):
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            self.close()
+        except SaveError as failure:
+            if kind is None:
+                raise
+            logger.warning("%s", failure)  # must not hide what ends the run
 
     def _undamaged_step(self) -> int:
         self.wait()
@@ -191,18 +199,23 @@ class Store(Reader):
 
     def _start(self, step: int, arrays: dict[str, Any], files: dict[str, bytes]) -> None:
         temporary = self._steps.temporary(step)
+        if self._lock:
+            self._steps.remove_temporaries()
+        needed = sum(leaf.nbytes for leaf in arrays.values())
+        if any(_gathered(b"full" if self._lock and self._free() < needed else b"")):
+            raise self._save_error(step, f"its arrays have up to {needed / 2**20:.0f} MiB")
         checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         try:
             if self._lock:
-                self._steps.remove_temporaries()
                 temporary.mkdir()
             with jax.transfer_guard("allow"):
                 checkpointer.save(temporary / STATE, args=ocp.args.PyTreeSave(arrays))
         except BaseException as error:
             checkpointer.close()
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self._lock:
+                self._steps.discard(step)
             if isinstance(error, OSError):
-                raise self._save_error(step, error) from error
+                raise self._save_error(step, _reason(error)) from error
             raise
         self._saving = step, self._thread.submit(self._complete, step, files, checkpointer)
 
@@ -212,10 +225,16 @@ class Store(Reader):
         """Runs in the thread: when the arrays are written adds the rest, and commits."""
         try:
             checkpointer.wait_until_finished()
+            if self._lock:
+                self._commit(step, files)
+        except BaseException:
+            if self._lock:
+                self._steps.discard(step)
+            raise
         finally:
             checkpointer.close()
-        if not self._lock:
-            return
+
+    def _commit(self, step: int, files: dict[str, bytes]) -> None:
         temporary = self._steps.temporary(step)
         for name, content in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
@@ -234,52 +253,48 @@ class Store(Reader):
         if not any(_gathered(b"failed" if error else b"")):
             self._rejected.discard(step)
             return None
-        shutil.rmtree(self._steps.temporary(step), ignore_errors=True)
-        failure = self._save_error(step, error)
-        failure.__cause__ = error
+        failure = self._save_error(step, _reason(error) if error else "another process failed")
+        del error, future
+        gc.collect()  # Orbax leaves its coroutines, and with them its copy of the arrays, in cycles
         return failure
 
-    def _save_error(self, step: int, error: BaseException | None) -> SaveError:
-        reason = str(error or "another process failed").splitlines() or [type(error).__name__]
-        free = shutil.disk_usage(self._steps.directory).free / 2**20
+    def _save_error(self, step: int, reason: str) -> SaveError:
         return SaveError(
-            f"step {step} in {self._steps.directory}: it could not be saved ({reason[0][:200]}), "
-            f"and {free:.0f} MiB of the disk are free; older steps are intact, make room"
+            f"step {step} in {self._steps.directory}: it could not be saved ({reason}; "
+            f"{self._free() / 2**20:.0f} MiB are free); older steps are intact, make room"
         )
 
+    def _free(self) -> int:
+        return shutil.disk_usage(self._steps.directory).free
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by name, like params/decoder/groups/blocks/0/mlp_gate, in the order of flattening.
 
-    Orbax gets this instead of the tree: integer keys, named tuples and None then need no care.
+def _reason(error: BaseException) -> str:
+    """In a few words; TensorStore tells a system error in a line of many hundred characters."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def _quieten_orbax() -> None:
+    """A failed save is one SaveError; Orbax, and what it leaves behind, would print pages as well.
+
+    It logs tracebacks; it abandons tasks, which asyncio reports; and it closes the event loop that
+    TensorStore's callbacks still want to call, which Python reports for want of a caller.
     """
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two leaves have one name"
-    return named
 
+    def is_ours(record: logging.LogRecord) -> bool:
+        return "/orbax/" not in record.pathname and "/orbax/" not in record.getMessage()
 
-def _require_equal(wanted: dict[str, Any], saved: dict[str, Any], where: Path) -> None:
-    """InputError unless names, shapes and dtypes agree: Orbax casts dtypes without a word."""
-    differing = [
-        f"{name} (saved as {_type(saved[name])}, needed as {_type(leaf)})"
-        for name, leaf in wanted.items()
-        if name in saved and _type(saved[name]) != _type(leaf)
-    ]
-    for complaint, names in (
-        ("the checkpoint lacks", [name for name in wanted if name not in saved]),
-        ("the checkpoint has, but not the model,", [name for name in saved if name not in wanted]),
-        ("the types differ of", differing),
-    ):
-        if names:
-            few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            raise InputError(
-                f"arrays in {where}: {complaint} {few}; use the config that it was saved with"
-            )
+    logging.getLogger("absl").addFilter(is_ours)
+    logging.getLogger("asyncio").addFilter(is_ours)
+    previous = sys.unraisablehook
 
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
 
-def _type(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+    sys.unraisablehook = hook
 
 
 def _gathered(content: bytes) -> list[bytes]:

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import tiktoken
+
 from l32jax.data.gguf_header import read_header
 from l32jax.data.vocabulary import (
     DIGITS_GPT2_PATTERN,
@@ -30,6 +32,8 @@ GGUF_PATTERNS = {
     "gpt-2": GPT2_PATTERN,
     "smollm": DIGITS_GPT2_PATTERN,
 }
+# What a splitting expression must keep: all of ASCII, and some of each class of character.
+PROBE = "".join(map(chr, range(0x20, 0x7F))) + "  It's 1234\n\n\tÜber  日本語 "
 GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
 
 
@@ -133,7 +137,11 @@ def _from_json(content: dict[str, Any], config: dict[str, Any], template: str | 
             raise ValueError(f"its model option {option!r} shows that it is not byte-level")
     if content.get("normalizer"):
         raise ValueError("it normalises text, which byte-level tokenizers of this family do not")
-    specials = _added_tokens(content.get("added_tokens"))
+    match content.get("added_tokens"):
+        case None | list() as added:
+            specials = _added_tokens(added)
+        case _:
+            raise ValueError("its added_tokens are not a list")
     tokens = {token: i for token, i in vocab.items() if token not in specials}
     named = {key: specials.get(_token_name(config.get(f"{key}_token"))) for key in ("bos", "eos")}
     pad = specials.get(_token_name(config.get("pad_token")), named["eos"])
@@ -150,12 +158,14 @@ def _from_json(content: dict[str, Any], config: dict[str, Any], template: str | 
 
 
 def _added_tokens(added: Any) -> dict[str, int]:
-    match added:
-        case None:
-            return {}
-        case [*tokens] if all(isinstance(t, dict) and t.get("content") for t in tokens):
-            return {str(token["content"]): token.get("id") for token in tokens}
-    raise ValueError("its added_tokens are not a list of tokens")
+    specials = {}
+    for token in added or []:
+        match token:
+            case {"content": str(name), "id": int(number)} if name:
+                specials[name] = number
+            case _:
+                raise ValueError("its added_tokens are not names with ids")
+    return specials
 
 
 def _token_name(token: Any) -> str:
@@ -175,7 +185,7 @@ def _json_pattern(pre_tokenizer: Any) -> str:
         case [
             {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"} as split,
             {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
-        ] if not split["invert"]:
+        ] if not split["invert"] and _keeps_all_text(regex):
             return regex
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
             return GPT2_PATTERN
@@ -185,6 +195,23 @@ def _json_pattern(pre_tokenizer: Any) -> str:
         ]:
             return DIGITS_GPT2_PATTERN
     raise ValueError("its pre-tokenizer is none of Llama 3's, GPT-2's and SmolLM2's kinds")
+
+
+def _keeps_all_text(regex: str) -> bool:
+    """Whether tiktoken can use the expression: it drops what is unmatched, and panics on ''."""
+    try:
+        encoding = tiktoken.Encoding(
+            "probe",
+            pat_str=regex,
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+            special_tokens={},
+        )
+        return encoding.decode(encoding.encode_ordinary(PROBE)) == PROBE
+    except BaseException as error:
+        # A panic of tiktoken's Rust is no Exception, and its class cannot be imported.
+        if isinstance(error, ValueError) or type(error).__name__ == "PanicException":
+            return False
+        raise
 
 
 def _json_neighbours(file: Path) -> tuple[dict[str, Any], str | None]:
@@ -232,8 +259,8 @@ def _from_gguf(header: dict[str, Any]) -> Vocabulary:
             pass
         case _:
             raise ValueError("its tokens, merges and token types are not lists that fit together")
-    if len(set(names)) != len(names):
-        raise ValueError("two of its tokens have the same name")
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError("its tokens are not names, each once")
     tokens = {n: i for i, (n, t) in enumerate(zip(names, types, strict=True)) if t == GGUF_NORMAL}
     special_types = (GGUF_CONTROL, GGUF_USER_DEFINED)
     specials = {n: i for i, n in enumerate(names) if types[i] in special_types}

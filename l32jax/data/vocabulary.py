@@ -20,13 +20,14 @@ STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|endoftext|>", "<
 
 
 def llama3_special_names() -> tuple[str, ...]:
-    """The 256 names that follow the ranks in Llama 3.1 and 3.2, in order (FACTS: Meta's table)."""
+    """The 256 names that follow the ranks in Llama 3.1 and 3.2, in the order of Meta's table."""
     named = (
-        "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
-        "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
-    ).split()
-    reserved = [f"reserved_special_token_{i}" for i in range(2, 256 - len(named) + 2)]
-    return tuple(f"<|{name}|>" for name in named + reserved)
+        *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+        *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id"),
+        *("eom_id", "eot_id", "python_tag", "image"),
+    )
+    reserved = (f"reserved_special_token_{i}" for i in range(2, 258 - len(named)))
+    return tuple(f"<|{name}|>" for name in (*named, *reserved))
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ def _to_bytes(token: str) -> bytes:
 
 
 def byte_level_vocabulary(
-    tokens: dict[str, int], merges: list[tuple[str, str]], specials: dict[str, int], **rest: Any
+    tokens: dict[str, Any], merges: list[tuple[str, str]], specials: dict[str, int], **rest: Any
 ) -> Vocabulary:
-    """Bytes first, then products in the order of the merge list, which is not always id order."""
+    """Bytes first, then products in the order of the merge list, which is not always id order.
+
+    ValueError if the tokens are not spelled in GPT-2's alphabet of bytes, if ids collide or are
+    no ids, and if a merge concerns an unknown token. `rest` are further fields of Vocabulary.
+    """
     _check_ids([*tokens.values(), *specials.values()])
     ids: dict[bytes, int | None] = {}
     for token in sorted((t for t in tokens if len(t) == 1), key=tokens.__getitem__):
@@ -101,5 +106,6 @@ def _check_ids(ids: list[Any]) -> None:
 
 
 def stop_ids(specials: dict[str, int], eos: int | None) -> tuple[int, ...]:
+    """Everything that ends a turn: the declared end, then what is known by its name."""
     named = [specials[name] for name in STOP_NAMES if name in specials]
     return tuple(dict.fromkeys(([] if eos is None else [eos]) + named))

@@ -15,6 +15,7 @@ from l32jax.model.decoder import Decoder, Saved
 from l32jax.model.layers import Projection
 from l32jax.model.parameters import Params
 from l32jax.model.vision import VisionEncoder
+from l32jax.sharding import activation_spec
 
 
 class Images(NamedTuple):
@@ -107,6 +108,9 @@ def forward(
       write_at: the cache slot of each row's first new token.
       dtype: of activations; by default that of the parameters.
     """
+    tokens, positions, text, seen_images, images, write_at = _over_rows(
+        (tokens, positions, text, seen_images, images, write_at)
+    )
     decoder = model.decoder
     dtype = dtype or decoder.embedding.weight[...].dtype
     vision = None
@@ -114,3 +118,9 @@ def forward(
         vision = model.vision_tokens(images._replace(tiles=images.tiles.astype(dtype)))
     context = decoder.context(positions, text, seen_images, vision, write_at)
     return Output(*decoder(decoder.embed(tokens, dtype), context, cache, saved=saved))
+
+
+def _over_rows(arrays: Any) -> Any:
+    """Arrays of batch rows in their place on the mesh, wherever the caller had them."""
+    spec = activation_spec("b")
+    return jax.tree.map(lambda array: jax.sharding.reshard(array, spec), arrays)

@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from l32jax.config import LlamaConfig
+from l32jax.config import LlamaConfig, Part
 
 Params = Any
-Part = Literal["language_model", "vision_tower", "adapter"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def path_name(path: tuple) -> str:
@@ -65,10 +63,14 @@ def count(params: Params) -> int:
 
 
 def on_mesh(abstract: Params, mesh: Mesh) -> Params:
-    """Names the devices in the shardings of `eval_shape`, which knows only an abstract mesh."""
+    """Names the devices in the shardings of `eval_shape`, which knows only an abstract mesh.
+
+    Leaves without a sharding (constants, such as norms at their start) are replicated.
+    """
 
     def place(leaf):
-        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        sharding = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, abstract)

@@ -12,19 +12,27 @@ from l32jax.config import RopeScaling
 def frequencies(
     head_dim: int, *, theta: float, scaling: RopeScaling | None
 ) -> Float[np.ndarray, "half"]:
-    """Radians per position of each rotary pair, in float32 (computed in float64).
+    """Radians per position of each rotary pair.
 
     With `scaling`, wavelengths beyond the original context are stretched by `factor`, those
     shorter than original_context / high_freq_factor are kept, and those between are blended
     (Llama 3.1; `apply_scaling` in llama-models, but with the factor read from the config).
+
+    Rounded to float32 where the code rounds that the models were trained with (torch's power is
+    exact to the last place): one unit in the last place is 0.006 radians at position 100,000.
     """
-    plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = np.float64(theta) ** exponents.astype(np.float64)
+    plain = np.float32(1) / powers.astype(np.float32)
     if scaling is None:
-        return plain.astype(np.float32)
-    turns = scaling.original_context * plain / (2 * math.pi)  # in the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (kept * plain + (1 - kept) * plain / scaling.factor).astype(np.float32)
+        return plain
+    wavelength = np.float32(2 * math.pi) / plain
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    turns = np.float32(scaling.original_context) / wavelength
+    stretched = plain / np.float32(scaling.factor)
+    share = (turns - low) / (high - low)
+    blended = (1 - share) * stretched + share * plain
+    return np.where(turns < low, stretched, np.where(turns > high, plain, blended))
 
 
 def cos_sin(

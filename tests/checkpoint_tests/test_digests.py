@@ -18,6 +18,7 @@ def directory(tmp_path):
 
 
 def written(directory: Path, contents: dict[str, bytes]) -> Path:
+    directory.mkdir()
     for name, content in contents.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
@@ -32,6 +33,8 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_untouched_files_have_no_problems(directory):
+    assert digests.problems(directory) == []
+    digests.write(directory)
     assert digests.problems(directory) == []
 
 

@@ -1,0 +1,178 @@
+"""Images as the tiles that the encoder reads, bit for bit as llama-models' `image_transform.py`."""
+
+import io
+import math
+import os
+import pathlib
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from l32jax.errors import InputError
+
+# Encoded files and pictures stay as they are until a row is made of them.
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
+Grid = tuple[int, int]  # (rows, columns) of tiles
+
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
+MAX_BYTES = 128 << 20
+# Decoders that only decode: EPS, for one, would start an interpreter.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+# (rows, columns) in the order of Hugging Face's ids, which begin at 1; its documentation has the
+# two swapped.
+ASPECT_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+
+ORIENTATIONS = (None, *Image.Transpose)  # the eight ways to lay a square on itself
+
+
+def aspect_ratio_id(grid: Grid) -> int:
+    """Hugging Face's number of a grid of tiles; 0 stands for no image, (0, 0)."""
+    if grid == (0, 0):
+        return 0
+    if grid not in ASPECT_RATIOS:
+        raise InputError(f"{grid} is no grid of tiles: known are {ASPECT_RATIOS}")
+    return ASPECT_RATIOS.index(grid) + 1
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Decodes a file, bytes, picture or uint8 array [y x 3] to RGB; nobody vouches for it.
+
+    As in Meta's code transparency is dropped and an EXIF orientation not applied; of an animation
+    it is the first frame. Anything that is not an image within MAX_BYTES and MAX_PIXELS is an
+    InputError that names the file.
+    """
+    if isinstance(source, Image.Image):
+        return _rgb(source, "the given picture")
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    where, data = _read(source)
+    return _rgb(_open(data, where), where)
+
+
+def preprocess(
+    image: Image.Image, *, tile_size: int, max_tiles: int = 4
+) -> tuple[Float32[np.ndarray, "c 3 y x"], Grid]:
+    """The normalised tiles of an RGB image in row-major order, and the grid they form.
+
+    The image is resized to the best of the canvases of up to `max_tiles` tiles, keeping its shape;
+    the rest of the canvas, right and below, is black before normalisation.
+    """
+    grid = choose_grid(image.height, image.width, tile_size=tile_size, max_tiles=max_tiles)
+    height, width = fit(image.height, image.width, grid, tile_size=tile_size)
+    canvas = np.zeros((grid[0] * tile_size, grid[1] * tile_size, 3), np.uint8)
+    canvas[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    return _split(_normalise(canvas), grid), grid
+
+
+def choose_grid(height: int, width: int, *, tile_size: int, max_tiles: int) -> Grid:
+    """The grid that enlarges an image least, or else the one that shrinks it least."""
+
+    def scale(grid: Grid) -> float:
+        return min(grid[0] * tile_size / height, grid[1] * tile_size / width)
+
+    sides = range(1, max_tiles + 1)
+    grids = [(rows, cols) for rows in sides for cols in sides if rows * cols <= max_tiles]
+    enlarging = [grid for grid in grids if scale(grid) >= 1]
+    best = min(map(scale, enlarging)) if enlarging else max(map(scale, grids))
+    return min((grid for grid in grids if scale(grid) == best), key=math.prod)
+
+
+def fit(height: int, width: int, grid: Grid, *, tile_size: int) -> tuple[int, int]:
+    """Height and width to resize to: inside the canvas, enlarging up to one tile at most."""
+    max_height = min(max(height, tile_size), grid[0] * tile_size)
+    max_width = min(max(width, tile_size), grid[1] * tile_size)
+    by_height, by_width = max_height / height, max_width / width
+    # A strip may be thinner than a pixel: one pixel then, as in Hugging Face; Meta's code fails.
+    if by_width < by_height:
+        return max(min(math.floor(height * by_width), max_height), 1), max_width
+    return max_height, max(min(math.floor(width * by_height), max_width), 1)
+
+
+def random_orientation(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """One of the eight flips and quarter turns: for data whose answers do not depend on them."""
+    orientation = ORIENTATIONS[rng.integers(len(ORIENTATIONS))]
+    return image if orientation is None else image.transpose(orientation)
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise InputError(
+            f"image array {pixels.dtype}{list(pixels.shape)}: expected uint8 [height, width, 3]"
+        )
+    return Image.fromarray(pixels)
+
+
+def _read(source: str | os.PathLike | bytes) -> tuple[str, bytes]:
+    if isinstance(source, bytes):
+        where, data = f"{len(source)} bytes", source
+    else:
+        path = pathlib.Path(source)
+        where, data = repr(str(path)), _read_file(path)
+    if len(data) > MAX_BYTES:
+        raise InputError(f"image in {where}: more than {MAX_BYTES} bytes; make the file smaller")
+    return where, data
+
+
+def _read_file(path: pathlib.Path) -> bytes:
+    try:
+        if not path.is_file():  # nor a pipe or device, which might never end
+            why = "not a file" if path.exists() else "no such file"
+            raise InputError(f"image in {str(path)!r}: {why}; check the path")
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"image in {str(path)!r}: {error}; check the path") from None
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise InputError(f"image in {where}: not one of {known}; convert it") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(where) from None
+    except Exception as error:  # noqa: BLE001  (decoders of broken files raise almost anything)
+        raise _broken(where, error) from None
+
+
+def _rgb(image: Image.Image, where: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(where)
+    if image.width * image.height == 0:
+        raise InputError(f"image in {where}: it has no pixels; give another")
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # noqa: BLE001
+        raise _broken(where, error) from None
+
+
+def _too_large(where: str) -> InputError:
+    return InputError(f"image in {where}: more than {MAX_PIXELS} pixels; make it smaller")
+
+
+def _broken(where: str, error: Exception) -> InputError:
+    why = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"image in {where}: damaged ({why}); replace the file")
+
+
+def _normalise(pixels: UInt8[np.ndarray, "y x 3"]) -> Float32[np.ndarray, "y x 3"]:
+    values = pixels.astype(np.float32)
+    values /= 255
+    values -= MEAN
+    values /= STD
+    return values
+
+
+def _split(canvas: Float32[np.ndarray, "Y X 3"], grid: Grid) -> Float32[np.ndarray, "c 3 y x"]:
+    rows, columns = grid
+    size = canvas.shape[0] // rows
+    tiles = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
+    return tiles.reshape(rows * columns, 3, size, size)

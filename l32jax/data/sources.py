@@ -1,0 +1,168 @@
+"""Sources by name: what a stage's mixture is made of.
+
+  easy-vqa/train       every question about each picture, each a short chat
+  easy-vqa/train/open  only those that are not answered by yes or no
+  easy-vqa/test        the untouched split
+  PATH.jsonl           a conversation a line: {"messages": [{"role": …, "content": …}, …]}, where
+                       the content is text, or a list of text and {"image": path beside the file}
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l32jax.config import DataConfig, LlamaConfig
+from l32jax.data.batches import Batches, Mixture, make_batches
+from l32jax.data.chat import Image, Message, encode_for_training
+from l32jax.data.easy_vqa import EasyVqa, Scene
+from l32jax.data.samples import Batch, Document, Sample, VisionShape, make_row, reorient
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.errors import InputError
+
+EASY_VQA = "easy-vqa/"
+YES_NO = ("yes", "no")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples(Sequence[Sample]):
+    """Records of any kind, as samples; made anew at each look, for images stay encoded."""
+
+    records: Sequence[Any]
+    to_sample: Callable[[Any], Sample]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.to_sample(self.records[index])
+
+
+def open_source(name: str, tokenizer: Tokenizer, *, with_images: bool) -> Samples:
+    """The named source; without images it asks the same questions blind."""
+    if name.startswith(EASY_VQA):
+        return _easy_vqa(name, tokenizer, with_images)
+    if name.endswith(".jsonl"):
+        return _conversations(Path(name), tokenizer, with_images)
+    known = f"{EASY_VQA}train, {EASY_VQA}train/open, {EASY_VQA}test, or a .jsonl file"
+    raise InputError(f"source {name!r} in the mixture: unknown; use one of {known}")
+
+
+def vision_shape(data: DataConfig, model: LlamaConfig) -> VisionShape | None:
+    """The vision side of a row of `data`; None for text only."""
+    if not data.max_images:
+        return None
+    if model.vision is None:
+        raise InputError(
+            f"max_images={data.max_images} in the data: the model is text-only; set it to 0"
+        )
+    return VisionShape(
+        encoder=model.vision,
+        image_id=model.decoder.vocab_size,
+        max_images=data.max_images,
+        slots=data.max_images * data.max_tiles,
+        max_tiles=data.max_tiles,
+    )
+
+
+def open_batches(
+    data: DataConfig,
+    model: LlamaConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> Batches:
+    """The endless shuffled batches of a training stage."""
+    vision = vision_shape(data, model)
+
+    def row(sample: Sample, rng: np.random.Generator) -> Batch:
+        if data.turn_images:
+            sample = reorient(sample, rng)
+        return make_row([fitting(sample, data.length, rng)], length=data.length, vision=vision)
+
+    names, weights = zip(*data.mixture, strict=True)
+    opened = [open_source(name, tokenizer, with_images=vision is not None) for name in names]
+    return make_batches(
+        Mixture(opened, weights),
+        make_row=row,
+        batch_size=data.batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def fitting(sample: Sample, length: int, rng: np.random.Generator) -> Sample:
+    """Of a sample with several documents, as many as fit, drawn at random."""
+    if sum(len(document.tokens) for document in sample.documents) <= length:
+        return sample
+    chosen, used = [], 0
+    for index in rng.permutation(len(sample.documents)):
+        document = sample.documents[index]
+        if used + len(document.tokens) <= length:
+            chosen.append(document)
+            used += len(document.tokens)
+    if not chosen:
+        raise InputError(f"sample of more than {length} tokens: a row holds no more; lengthen rows")
+    return dataclasses.replace(sample, documents=tuple(chosen))
+
+
+def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
+    split, _, kind = name.removeprefix(EASY_VQA).partition("/")
+    if split not in ("train", "test") or kind not in ("", "open"):
+        raise InputError(f"source {name!r} in the mixture: easy-VQA has train, train/open and test")
+
+    def to_sample(scene: Scene) -> Sample:
+        asked = [q for q in scene.questions if kind != "open" or q.answer not in YES_NO]
+        images = (0,) if with_images else ()
+        documents = [
+            Document(*encode_for_training(tokenizer, question(q.text, q.answer, images)), images)
+            for q in asked
+        ]
+        return Sample(tuple(documents), (scene.image,) if with_images else ())
+
+    return Samples(EasyVqa(split), to_sample)
+
+
+def question(text: str, answer: str | None, images: Sequence[Any]) -> list[Message]:
+    """A user's question about the images before it, and the answer if it is known."""
+    asked = Message("user", (*(Image(image) for image in images), text))
+    return [asked] if answer is None else [asked, Message("assistant", answer)]
+
+
+def _conversations(path: Path, tokenizer: Tokenizer, with_images: bool) -> Samples:
+    if not path.is_file():
+        raise InputError(f"source {str(path)!r} in the mixture: no such file; check the path")
+    lines = path.read_text(encoding="utf-8").splitlines()
+
+    def to_sample(numbered: tuple[int, str]) -> Sample:
+        number, line = numbered
+        try:
+            messages = [_message(m, path.parent) for m in json.loads(line)["messages"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"line {number} of {path}: not a conversation ({error})") from None
+        images = [part.source for m in messages for part in m.content if isinstance(part, Image)]
+        if images and not with_images:
+            raise InputError(f"line {number} of {path}: it has images; set max_images in the data")
+        return Sample.single(*encode_for_training(tokenizer, messages), images)
+
+    return Samples(list(enumerate(lines, start=1)), to_sample)
+
+
+def _message(record: dict[str, Any], folder: Path) -> Message:
+    content = record["content"]
+    if isinstance(content, list):
+        content = tuple(p if isinstance(p, str) else Image(_beside(folder, p["image"])) for p in content)
+    return Message(record["role"], content)
+
+
+def _beside(folder: Path, name: str) -> Path:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"image {name!r} lies outside the folder")
+    return path

@@ -1,0 +1,190 @@
+"""Prefill and decoding: one jitted function each, and the loop that overlaps them with the host."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from l32jax.config import LlamaConfig
+from l32jax.generate.sampling import SamplingConfig, sample
+from l32jax.model.attention import Interval
+from l32jax.model.cache import Cache, empty_cache
+from l32jax.model.llama import Images, bind, forward
+from l32jax.model.parameters import Params
+from l32jax.sharding import activation_spec
+
+
+class Progress(NamedTuple):
+    """What one step of decoding hands to the next.
+
+    `length` counts the tokens in each row's cache, `position` is the rotary position to come.
+    """
+
+    token: Int[Array, "b"]
+    length: Int[Array, "b"]
+    done: Array
+    keys: Key[Array, "b"]
+    cache: Cache
+
+
+class Draw(NamedTuple):
+    """Sampling settings as arrays, so that changing one compiles nothing."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+
+    @classmethod
+    def of(cls, config: SamplingConfig) -> "Draw":
+        reals = (config.temperature, config.top_p, config.min_p)
+        temperature, top_p, min_p = map(jnp.float32, reals)
+        return cls(temperature, jnp.int32(config.top_k), top_p, min_p)
+
+
+def images_of(batch: dict[str, Array]) -> Images | None:
+    if "tiles" not in batch:
+        return None
+    return Images(batch["tiles"], batch["aspect"], batch["tile_index"])
+
+
+def seen_images_of(batch: dict[str, Array]) -> Interval | None:
+    if "vision_start" not in batch:
+        return None
+    return Interval(batch["vision_start"], batch["vision_stop"])
+
+
+@partial(jax.jit, static_argnames=("config", "cache_length", "greedy"))
+def prefill(
+    config: LlamaConfig,
+    params: Params,
+    batch: dict[str, Array],
+    length: Int[Array, "b"],
+    keys: Key[Array, "b"],
+    draw: Draw,
+    *,
+    cache_length: int,
+    greedy: bool,
+) -> Progress:
+    """Reads right-padded prompts of `length` tokens into a new cache and draws the first tokens."""
+    model = bind(config, params)
+    dtype = model.decoder.embedding.weight[...].dtype
+    vision_length = 0
+    if "tile_index" in batch:
+        vision_length = batch["tile_index"].shape[1] * config.vision.tokens_per_tile
+    cache = empty_cache(
+        config,
+        batch=length.shape[0],
+        length=cache_length,
+        vision_length=vision_length,
+        dtype=dtype,
+    )
+    states, cache = forward(
+        model,
+        batch["tokens"],
+        batch["positions"],
+        Interval(batch["start"], batch["stop"]),
+        seen_images=seen_images_of(batch),
+        images=images_of(batch),
+        cache=cache,
+        write_at=jnp.zeros_like(length),
+    )
+    last = jnp.take_along_axis(states, (length - 1)[:, None, None], axis=1)
+    token, keys = _choose(model.decoder.logits(last)[:, 0], keys, draw, greedy)
+    return Progress(token, length, jnp.zeros(length.shape, bool), keys, cache)
+
+
+@partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames="progress")
+def decode(
+    config: LlamaConfig,
+    params: Params,
+    progress: Progress,
+    seen_images: Interval | None,
+    stop_ids: Int[Array, "stops"],
+    pad_id: Int[Array, ""],
+    draw: Draw,
+    *,
+    greedy: bool,
+) -> Progress:
+    """One more token in each row that has not met a stop token; pad_id in the others."""
+    model = bind(config, params)
+    length = progress.length
+    done = progress.done | jnp.any(progress.token[:, None] == stop_ids, axis=-1)
+    states, cache = forward(
+        model,
+        progress.token[:, None],
+        length[:, None],
+        Interval(jnp.zeros_like(length)[:, None], length[:, None] + 1),
+        seen_images=seen_images,
+        cache=progress.cache,
+        write_at=length,
+    )
+    token, keys = _choose(model.decoder.logits(states)[:, 0], progress.keys, draw, greedy)
+    token = jnp.where(done, pad_id, token)
+    return Progress(token, length + 1, done, keys, cache)
+
+
+def _choose(scores, keys, draw, greedy):
+    scores = jax.sharding.reshard(scores, activation_spec("b_"))  # whole vocabulary in one place
+    if greedy:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32), keys
+    split = jax.vmap(jax.random.split)(keys)
+    return sample(scores, split[:, 0], *draw), split[:, 1]
+
+
+def bucket(length: int) -> int:
+    """The next of a few lengths, so that prompts of all lengths share a few programs."""
+    if length > 512:
+        return -(-length // 512) * 512
+    return max(32, 1 << (length - 1).bit_length())
+
+
+def generate(
+    config: LlamaConfig,
+    params: Params,
+    batch: dict[str, Array],
+    lengths: np.ndarray,
+    last_seen: tuple[np.ndarray, np.ndarray] | None,
+    sampling: SamplingConfig,
+    *,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> Iterator[np.ndarray]:
+    """Yields int32 [b] tokens step by step until every row has stopped; pads follow a stop.
+
+    Args:
+      batch: right-padded prompts, as `data.samples` makes them; `lengths` [b] are their real ones.
+      last_seen: the image tokens (start, stop), each [b], that generated tokens see; None for text.
+    """
+    rows = jnp.arange(lengths.shape[0])
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
+    draw, greedy = Draw.of(sampling), sampling.temperature == 0
+    seen = None
+    if last_seen is not None:
+        seen = Interval(*(jnp.asarray(bound, jnp.int32)[:, None] for bound in last_seen))
+    stops, pad = jnp.asarray(stop_ids or (-1,), jnp.int32), jnp.int32(pad_id)
+    progress = prefill(
+        config,
+        params,
+        batch,
+        jnp.asarray(lengths, jnp.int32),
+        keys,
+        draw,
+        cache_length=bucket(int(max(lengths)) + sampling.max_new_tokens),
+        greedy=greedy,
+    )
+    finished = np.zeros(lengths.shape, bool)
+    for remaining in reversed(range(sampling.max_new_tokens)):
+        token = progress.token
+        if remaining:  # the device works on the next token while the host looks at this one
+            token = jnp.copy(token)  # what `decode` is given is donated
+            progress = decode(config, params, progress, seen, stops, pad, draw, greedy=greedy)
+        tokens = np.asarray(token)
+        yield tokens
+        finished |= np.isin(tokens, stop_ids)
+        if finished.all():
+            return

@@ -1,0 +1,69 @@
+"""Choosing the next token from scores."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from l32jax.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep every token.
+
+    min_p keeps the tokens at least that fraction as likely as the likeliest one.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0 or self.top_k < 0:
+            raise InputError(
+                f"temperature={self.temperature} and top_k={self.top_k} must not be negative"
+            )
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise InputError(f"top_p={self.top_p} and min_p={self.min_p} must lie between 0 and 1")
+
+
+def truncate(
+    scores: Float[Array, "b v"],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    min_p: Float[Array, ""],
+) -> Float[Array, "b v"]:
+    """-inf for all but the tokens that every rule keeps; the likeliest always stays.
+
+    top_p keeps the smallest set of likeliest tokens whose probabilities reach it. Tokens that tie
+    with the last one kept stay as well.
+    """
+    ranked = jnp.sort(scores, axis=-1, descending=True)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    rank = jnp.arange(scores.shape[-1])
+    kept = (rank < top_k) | (top_k == 0)
+    kept &= (jnp.cumsum(probability, axis=-1) - probability < top_p) | (top_p >= 1)
+    kept &= probability >= min_p * probability[:, :1]
+    kept = kept.at[:, 0].set(True)
+    lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores >= lowest, scores, -jnp.inf)
+
+
+def sample(
+    scores: Float[Array, "b v"],
+    keys: Key[Array, "b"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    min_p: Float[Array, ""],
+) -> Int[Array, "b"]:
+    """One token a row, each row with its own key: its neighbours do not change its draw."""
+    scores = truncate(scores / temperature, top_k, top_p, min_p)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
