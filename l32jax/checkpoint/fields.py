@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from l32jax.errors import InputError
 
@@ -48,7 +48,7 @@ class Fields:
 
     def number(self, name: str) -> float:
         value = self.get(name)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value < 1e30:
             self.refuse(name, "a positive number")
         return float(value)
 
@@ -78,7 +78,7 @@ class Fields:
                 "unknown here, and may change what the model computes; remove it if it does not"
             )
 
-    def refuse(self, name: str, expected: str) -> None:
+    def refuse(self, name: str, expected: str) -> NoReturn:
         value = short(self.values[name]) if name in self.values else "absent"
         raise InputError(f"{name!r} in {self.where}: it is {value}, expected {expected}")
 

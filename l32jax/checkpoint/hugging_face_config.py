@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l32jax.checkpoint.fields import MAX_LAYERS, Fields, read_json, short
-from l32jax.checkpoint.tensors import read_json
 from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
 from l32jax.errors import InputError
 
@@ -113,11 +112,11 @@ def _decoder(fields: Fields, pattern: tuple[BlockKind, ...]) -> DecoderConfig:
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """From `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (4)."""
-    values = fields.get("rope_parameters")
-    if values is None:
-        values = fields.get("rope_scaling") or {}
-        values = {"rope_theta": fields.get("rope_theta")} | values
+    new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
+    values = next((given for given in (new, old) if given is not None), {})
     rope = Fields(values, f"{fields.where}, rope parameters")
+    if new is None:
+        rope.values = {"rope_theta": fields.get("rope_theta"), **rope.values}
     theta = rope.number("rope_theta")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rope.only("type", kind)

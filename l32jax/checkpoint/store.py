@@ -8,9 +8,7 @@ import dataclasses
 import gc
 import logging
 import os
-import re
 import shutil
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,14 +21,11 @@ from jax.experimental import multihost_utils
 
 from l32jax.checkpoint import digests
 from l32jax.checkpoint.arrays import named, require_equal
+from l32jax.checkpoint.failures import SaveError, quieten_orbax, reason
 from l32jax.checkpoint.steps import CONFIG, FILES, ITERATOR, STATE, Steps
 from l32jax.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-
-class SaveError(OSError):
-    """A step could not be written; what was written of it is removed, older steps are as before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +122,7 @@ class Store(Reader):
         assert keep >= 1
         super().__init__(directory)
         self._keep = keep
-        _quieten_orbax()
+        quieten_orbax()
         self._lock = self._steps.lock() if jax.process_index() == 0 else None
         if self._lock:
             self._steps.remove_temporaries()
@@ -215,7 +210,7 @@ class Store(Reader):
             if self._lock:
                 self._steps.discard(step)
             if isinstance(error, OSError):
-                raise self._save_error(step, _reason(error)) from error
+                raise self._save_error(step, reason(error)) from error
             raise
         self._saving = step, self._thread.submit(self._complete, step, files, checkpointer)
 
@@ -228,6 +223,7 @@ class Store(Reader):
             if self._lock:
                 self._commit(step, files)
         except BaseException:
+            logger.debug("the save of step %d failed", step, exc_info=True)
             if self._lock:
                 self._steps.discard(step)
             raise
@@ -253,48 +249,19 @@ class Store(Reader):
         if not any(_gathered(b"failed" if error else b"")):
             self._rejected.discard(step)
             return None
-        failure = self._save_error(step, _reason(error) if error else "another process failed")
+        failure = self._save_error(step, reason(error) if error else "another process failed")
         del error, future
         gc.collect()  # Orbax leaves its coroutines, and with them its copy of the arrays, in cycles
         return failure
 
-    def _save_error(self, step: int, reason: str) -> SaveError:
+    def _save_error(self, step: int, why: str) -> SaveError:
         return SaveError(
-            f"step {step} in {self._steps.directory}: it could not be saved ({reason}; "
+            f"step {step} in {self._steps.directory}: it could not be saved ({why}; "
             f"{self._free() / 2**20:.0f} MiB are free); older steps are intact, make room"
         )
 
     def _free(self) -> int:
         return shutil.disk_usage(self._steps.directory).free
-
-
-def _reason(error: BaseException) -> str:
-    """In a few words; TensorStore tells a system error in a line of many hundred characters."""
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(code[1]))
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
-def _quieten_orbax() -> None:
-    """A failed save is one SaveError; Orbax, and what it leaves behind, would print pages as well.
-
-    It logs tracebacks; it abandons tasks, which asyncio reports; and it closes the event loop that
-    TensorStore's callbacks still want to call, which Python reports for want of a caller.
-    """
-
-    def is_ours(record: logging.LogRecord) -> bool:
-        return "/orbax/" not in record.pathname and "/orbax/" not in record.getMessage()
-
-    logging.getLogger("absl").addFilter(is_ours)
-    logging.getLogger("asyncio").addFilter(is_ours)
-    previous = sys.unraisablehook
-
-    def hook(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def _gathered(content: bytes) -> list[bytes]:

@@ -231,7 +231,7 @@ def _assemble(pieces: list[_Piece], source: Source, target: jax.ShapeDtypeStruct
 Bounds = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
 
-def _bounds(index: tuple[slice, ...], shape: Shape) -> Bounds:
+def _bounds(index: Any, shape: Shape) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 

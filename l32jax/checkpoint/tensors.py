@@ -44,12 +44,13 @@ def _open_indexed(directory: Path) -> dict[str, np.ndarray]:
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise InputError(f"weights in {index}: 'weight_map' must map tensors to files")
     found: dict[str, np.ndarray] = {}
-    for file in sorted(set(listed.values())):
-        tensors = _open(_inside(directory, file))
+    files = {file: _inside(directory, file) for file in sorted(set(listed.values()))}
+    for file, path in files.items():
+        tensors = _open(path)
         wrong = {name for name, where in listed.items() if where == file} ^ tensors.keys()
         if wrong:
             raise InputError(
-                f"weights in {directory / file}: tensor {min(wrong)!r} is in the file or in "
+                f"weights in {path}: tensor {min(wrong)!r} is in the file or in "
                 f"{INDEX}, not in both; download the two again"
             )
         found |= tensors
@@ -62,7 +63,8 @@ def _inside(directory: Path, name: str) -> Path:
     Links are followed inside of the directory, and to the `blobs` of Hugging Face's cache.
     """
     path = directory / name
-    if Path(name).name != name or not name.isprintable() or "\\" in name:
+    plain = Path(name).name == name and name not in ("", "..")
+    if not plain or not name.isprintable() or "\\" in name:
         raise InputError(f"weights in {directory}: {name!r} is not the name of a file in there")
     if not path.is_file():
         raise InputError(

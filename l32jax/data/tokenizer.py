@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import SupportsIndex
 
 import tiktoken
@@ -87,7 +86,8 @@ class Tokenizer:
         )
 
     def _bytes_by_id(self, vocabulary: Vocabulary, image_id_of_file: int | None) -> list[bytes]:
-        table = [b""] * (1 + max([self.num_tokens - 1, *self.specials.values()]))
+        last = max(self.num_tokens - 1, self.image_id or 0, image_id_of_file or 0)
+        table = [b""] * (last + 1)
         for i, piece in zip(vocabulary.ids, vocabulary.pieces, strict=True):
             if i is not None:
                 table[i] = piece
@@ -153,18 +153,17 @@ class Tokenizer:
                 )
         return b"".join(self._bytes[i] for i in ids)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes Meta's tokenizer.model, from which `from_file` makes the same tokenizer."""
+    def to_bytes(self) -> bytes:
+        """Meta's tokenizer.model, from which `from_file` makes the same tokenizer."""
         pieces = self._vocabulary.pieces
         rebuilt = llama3_vocabulary(pieces)
         same_ids = self.is_llama3 and self._vocabulary.ids == rebuilt.ids
         if not same_ids or any(self.specials[n] != rebuilt.specials[n] for n in LLAMA3_FORMAT):
             raise InputError(
-                f"tokenizer in {path}: only Llama 3's can be written as ranks, and this one has "
+                "tokenizer of this model: only Llama 3's can be written as ranks, and this one has "
                 "other special tokens; copy its original file instead"
             )
-        lines = (base64.b64encode(p) + b" %d\n" % rank for rank, p in enumerate(pieces))
-        Path(path).write_bytes(b"".join(lines))
+        return b"".join(base64.b64encode(p) + b" %d\n" % rank for rank, p in enumerate(pieces))
 
 
 class StreamDecoder:

@@ -162,6 +162,7 @@ def _added_tokens(added: Any) -> dict[str, int]:
     for token in added or []:
         match token:
             case {"content": str(name), "id": int(number)} if name:
+                name.encode()  # JSON can spell half a character, which no text contains
                 specials[name] = number
             case _:
                 raise ValueError("its added_tokens are not names with ids")

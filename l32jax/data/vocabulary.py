@@ -83,6 +83,8 @@ def byte_level_vocabulary(
     ValueError if the tokens are not spelled in GPT-2's alphabet of bytes, if ids collide or are
     no ids, and if a merge concerns an unknown token. `rest` are further fields of Vocabulary.
     """
+    if not tokens:
+        raise ValueError("it has no tokens")
     _check_ids([*tokens.values(), *specials.values()])
     ids: dict[bytes, int | None] = {}
     for token in sorted((t for t in tokens if len(t) == 1), key=tokens.__getitem__):

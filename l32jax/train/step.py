@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, UInt32
 
 from l32jax.config import LlamaConfig, StageConfig
 from l32jax.model.llama import Llama, bind, init_params
@@ -27,21 +27,20 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
-    rng: Key[Array, ""]
+    rng: UInt32[Array, "2"]  # raw key data: a checkpoint holds plain arrays
 
 
 def init_state(config: LlamaConfig, stage: StageConfig, seed: int) -> TrainState:
     """Random parameters and an empty optimizer. Run it in one jit: arrays are born sharded."""
-    init_key, rng = jax.random.split(jax.random.key(seed))
-    return begin_stage(config, stage, init_params(config, init_key), rng)
+    key = jax.random.key(seed)
+    return begin_stage(config, stage, init_params(config, key), seed=seed)
 
 
-def begin_stage(
-    config: LlamaConfig, stage: StageConfig, params: Params, rng: Key[Array, ""]
-) -> TrainState:
+def begin_stage(config: LlamaConfig, stage: StageConfig, params: Params, *, seed: int) -> TrainState:
     """Step 0 of a stage that goes on from `params`: a fresh optimizer for what it trains."""
     trainable, _ = partition(params, trains(stage.trains, config))
     optimizer = make_optimizer(stage.optimizer, stage.num_steps)
+    rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
     return TrainState(jnp.int32(0), params, optimizer.init(trainable), rng)
 
 
@@ -57,7 +56,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = partition(state.params, is_trainable)
 
-        rng = jax.random.fold_in(state.rng, state.step)
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def batch_loss(trainable):
             return objective(bind(config, combine(trainable, frozen)), batch, rng)

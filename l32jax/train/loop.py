@@ -1,0 +1,147 @@
+"""Running a configured run: its stages in order, each resumable at any step."""
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from l32jax.checkpoint.store import SaveError, Store
+from l32jax.config import StageConfig, TrainConfig, to_json
+from l32jax.data.batches import Batches, place
+from l32jax.data.sources import open_batches
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.model.parameters import Params, on_mesh
+from l32jax.train.objectives import next_token
+from l32jax.train.report import Report
+from l32jax.train.step import TrainState, begin_stage, init_state, make_train_step
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved; the same command goes on with it."""
+
+    def __init__(self, stage: str, step: int):
+        super().__init__(f"saved stage {stage!r} at step {step}; the same command goes on from there")
+
+
+def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh: Mesh) -> Params:
+    """Runs what is left of the run's stages and returns the final parameters.
+
+    Args:
+      params: what the first stage starts from; None for random ones. They are donated.
+    """
+    for number, stage in enumerate(config.stages):
+        with jax.set_mesh(mesh):
+            params = run_stage(config, number, stage, tokenizer, params, mesh).params
+    assert params is not None
+    return params
+
+
+def stage_directory(config: TrainConfig, number: int) -> Path:
+    return Path(config.directory) / f"{number + 1}_{config.stages[number].name}"
+
+
+def run_stage(
+    config: TrainConfig,
+    number: int,
+    stage: StageConfig,
+    tokenizer: Tokenizer,
+    params: Params | None,
+    mesh: Mesh,
+) -> TrainState:
+    """One stage from its newest checkpoint, or from `params`, to its last step."""
+    batches = open_batches(
+        stage.data,
+        config.model,
+        tokenizer,
+        seed=config.seed + number,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with Store(stage_directory(config, number), keep=config.keep) as store:
+        state = _init_or_restore(config, number, stage, store, batches, params, mesh)
+        first, last = int(state.step), stage.num_steps
+        if first == last:
+            return state
+        objective = partial(next_token, dtype=jnp.dtype(config.dtype), saved=config.saved)
+        step = make_train_step(config.model, stage, objective)
+        with Report(config, number, first) as report, _stop_requested() as stop:
+            for index in range(first, last):
+                batch = next(batches)
+                state, metrics = step(state, place(batch, mesh))  # returns while devices work
+                report(index, batch, metrics)  # reads the metrics of the step before
+                done = index + 1
+                if stop() or done == last or done % config.save_every == 0:
+                    _save(store, done, state, batches, config, tokenizer)
+                if stop():
+                    store.wait()
+                    raise Interrupted(stage.name, done)
+    batches.close()
+    return state
+
+
+def _init_or_restore(
+    config: TrainConfig,
+    number: int,
+    stage: StageConfig,
+    store: Store,
+    batches: Batches,
+    params: Params | None,
+    mesh: Mesh,
+) -> TrainState:
+    seed = config.seed + number
+    init = partial(init_state, config.model, stage, seed)
+    if store.steps():
+        restored = store.restore(on_mesh(jax.eval_shape(init), mesh))
+        batches.set_state(restored.iterator_states[jax.process_index()])
+        return restored.state
+    if params is None:
+        return jax.jit(init)()
+    return jax.jit(partial(begin_stage, config.model, stage, seed=seed))(params)
+
+
+def _save(
+    store: Store,
+    step: int,
+    state: TrainState,
+    batches: Batches,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    """Training outlives a full disk: the step is lost, and the next one is tried."""
+    try:
+        store.save(
+            step,
+            state,
+            config_json=to_json(config),
+            iterator_state=batches.get_state(),
+            extra_files={TOKENIZER_FILE: tokenizer.to_bytes()},
+        )
+    except SaveError as error:
+        logger.warning("%s", error)
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """True once Ctrl-C or SIGTERM has come; a second Ctrl-C ends the process at once."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
