@@ -62,15 +62,16 @@ def _to_grid(theirs: np.ndarray, shape: Shape) -> np.ndarray:
     for row, (height, width) in zip(rows[1:], ASPECT_RATIOS, strict=True):
         if row[height * width :].any():
             raise InputError(
-                f"its row for {height}x{width} tiles gives values to unused tiles, which this "
-                "model cannot represent: it was trained without masking them"
+                f"its row for {height}x{width} tiles has values for tiles beyond them, where this "
+                "model has none; take these tables from the released checkpoint"
             )
         for tile, cell in enumerate(row[: height * width]):
             y, x = divmod(tile, width)
             if known[y, x] and not np.array_equal(grid[y, x], cell):
                 raise InputError(
                     f"its rows disagree about the tile at {(y, x)}: they were trained apart, "
-                    "while this model has one embedding for each place in the grid"
+                    "while this model has one embedding for each place in the grid; "
+                    "take these tables from the released checkpoint"
                 )
             grid[y, x], known[y, x] = cell, True
     return grid
@@ -231,11 +232,14 @@ def export(
     follows it (`config.compat`) computes there what transformers makes of it.
     """
     directory = Path(directory)
-    files = {CONFIG: _json(to_json(config, ids, dtype))}
-    files[GENERATION_CONFIG] = _json(token_ids_json(ids))
-    files |= extra_files or {}
-    if any(Path(name).name != name for name in files):
-        raise InputError(f"extra files {sorted(files)}: names of files in a directory, no paths")
+    files = {
+        CONFIG: _json(to_json(config, ids, dtype)),
+        GENERATION_CONFIG: _json(token_ids_json(ids)),
+    }
+    for name, content in (extra_files or {}).items():
+        if Path(name).name != name or name in files or name.startswith("model"):
+            raise InputError(f"extra file {name!r}: not a free name for a file; rename it")
+        files[name] = content
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"export to {directory}: it exists already; choose another directory")
     temporary = directory.with_name(directory.name + UNFINISHED)

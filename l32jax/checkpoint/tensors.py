@@ -86,7 +86,7 @@ def _open(path: Path) -> dict[str, np.ndarray]:
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"weights in {path}: {error}; download the file again") from None
-    content = np.memmap(path, np.uint8, mode="r")
+    content = np.asarray(np.memmap(path, np.uint8, mode="r"))
     begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8:begin].tobytes())
     header.pop("__metadata__", None)

@@ -4,6 +4,7 @@ Query row i sees the keys start[i] <= j < stop[i] and nothing else. That one hal
 expresses every mask of this family: causal packed text, images seen by text, decoding, padding.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -22,17 +23,24 @@ def attention(
     Memory is quadratic in length. Gradients of empty rows are zero too, never NaN.
     """
     batch, time, heads, head_dim = q.shape
-    grouped = q.reshape(batch, time, k.shape[2], heads // k.shape[2], head_dim)
-    scores = scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    key = jnp.arange(k.shape[1])
+    kv_heads, shared = k.shape[2], heads // k.shape[2]
+    # Queries that share a key head stand below each other: one product a head, not `shared`.
+    q = (q * scale).reshape(batch, time, kv_heads, shared, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, shared * time, head_dim)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+
+    key = jnp.arange(k.shape[2])
     visible = (key >= start[..., None]) & (key < stop[..., None])
-    visible = visible[:, None, None]
-    # A finite lowest value: rows without keys must not turn into inf - inf.
+    visible = jnp.tile(visible, (1, shared, 1))[:, None]
+    # A finite lowest score: rows without keys must not turn into inf - inf.
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)) * visible
+    largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(scores - largest), 0)
     total = weights.sum(axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    mixed = jnp.einsum(
-        "bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return mixed.reshape(q.shape).astype(q.dtype)
+
+    weights = weights.astype(v.dtype)
+    mixed = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
+    mixed = (mixed / jnp.where(total > 0, total, 1)).astype(v.dtype)
+    mixed = mixed.reshape(batch, kv_heads, shared, time, head_dim).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, time, heads, head_dim)

@@ -134,7 +134,9 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), value=JSON)
 def test_any_value_anywhere_gives_a_config_or_an_input_error(data, value, tmp_path):
     content = json.loads(json.dumps(data.draw(st.sampled_from([TEXT, VISION]))))
