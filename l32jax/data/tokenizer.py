@@ -12,7 +12,7 @@ from typing import SupportsIndex
 
 import tiktoken
 
-from l32jax.data.tokenizer_files import read_vocabulary
+from l32jax.data.tokenizer_files import parse_ranks, read_vocabulary
 from l32jax.data.vocabulary import Vocabulary, llama3_vocabulary, stop_ids
 from l32jax.errors import InputError
 
@@ -103,6 +103,11 @@ class Tokenizer:
     def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Reads tokenizer.model, tokenizer.json or .gguf, or finds one of them in a directory."""
         return cls(read_vocabulary(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer whose `to_bytes` gave `content`."""
+        return cls(parse_ranks(content, where))
 
     @classmethod
     def bytes_only(cls) -> "Tokenizer":

@@ -55,7 +55,15 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         raise _unreadable(file, error) from error
 
 
-def _unreadable(file: Path, error: Exception) -> InputError:
+def parse_ranks(data: bytes, where: str | os.PathLike[str]) -> Vocabulary:
+    """The vocabulary of a tokenizer.model's content; `where` it came from is for errors."""
+    try:
+        return llama3_vocabulary(_read_ranks(data))
+    except ValueError as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(file: str | os.PathLike[str], error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
     why = "it is nested too deeply" if isinstance(error, RecursionError) else error

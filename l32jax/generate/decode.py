@@ -147,37 +147,35 @@ def generate(
     config: LlamaConfig,
     params: Params,
     batch: dict[str, Array],
-    lengths: np.ndarray,
-    last_seen: tuple[np.ndarray, np.ndarray] | None,
     sampling: SamplingConfig,
     *,
     stop_ids: tuple[int, ...],
     pad_id: int,
-) -> Iterator[np.ndarray]:
-    """Yields int32 [b] tokens step by step until every row has stopped; pads follow a stop.
+) -> Iterator[Int[np.ndarray, "b"]]:
+    """Yields a token for each row, step by step, until every row has stopped; pads follow a stop.
 
     Args:
-      batch: right-padded prompts, as `data.samples` makes them; `lengths` [b] are their real ones.
-      last_seen: the image tokens (start, stop), each [b], that generated tokens see; None for text.
+      batch: prompts padded on the right (`data.samples.make_prompt_batch`), on the devices.
     """
-    rows = jnp.arange(lengths.shape[0])
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
-    draw, greedy = Draw.of(sampling), sampling.temperature == 0
+    batch = dict(batch)
+    length = batch.pop("length")
     seen = None
-    if last_seen is not None:
-        seen = Interval(*(jnp.asarray(bound, jnp.int32)[:, None] for bound in last_seen))
-    stops, pad = jnp.asarray(stop_ids or (-1,), jnp.int32), jnp.int32(pad_id)
+    if "next_vision_start" in batch:
+        bounds = (batch.pop(f"next_vision_{end}") for end in ("start", "stop"))
+        seen = Interval(*(bound[:, None] for bound in bounds))
+    draw, greedy = Draw.of(sampling), sampling.temperature == 0
     progress = prefill(
         config,
         params,
         batch,
-        jnp.asarray(lengths, jnp.int32),
-        keys,
+        length,
+        _row_keys(sampling.seed, length),
         draw,
-        cache_length=bucket(int(max(lengths)) + sampling.max_new_tokens),
+        cache_length=bucket(batch["tokens"].shape[1] + sampling.max_new_tokens),
         greedy=greedy,
     )
-    finished = np.zeros(lengths.shape, bool)
+    stops, pad = jnp.asarray(stop_ids or (-1,), jnp.int32), jnp.int32(pad_id)
+    finished = np.zeros(length.shape, bool)
     for remaining in reversed(range(sampling.max_new_tokens)):
         token = progress.token
         if remaining:  # the device works on the next token while the host looks at this one
@@ -188,3 +186,8 @@ def generate(
         finished |= np.isin(tokens, stop_ids)
         if finished.all():
             return
+
+
+def _row_keys(seed: int, length: Int[Array, "b"]) -> Key[Array, "b"]:
+    row = jax.sharding.reshard(jnp.arange(length.shape[0]), activation_spec("b"))
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(row)

@@ -6,6 +6,7 @@ expresses every mask of this family: causal packed text, images seen by text, de
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
@@ -25,8 +26,13 @@ def attention(
     batch, time, heads, head_dim = q.shape
     kv_heads, shared = k.shape[2], heads // k.shape[2]
     # Queries that share a key head stand below each other: one product a head, not `shared`.
-    q = (q * scale).reshape(batch, time, kv_heads, shared, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, kv_heads, shared * time, head_dim)
+    mesh, (rows, _, across, _) = jax.typeof(q).sharding.mesh, jax.typeof(q).sharding.spec
+    apart = NamedSharding(mesh, PartitionSpec(rows, None, across, None, None))
+    stacked = NamedSharding(mesh, PartitionSpec(rows, across, None, None))
+    q = (q * scale).reshape(batch, time, kv_heads, shared, head_dim, out_sharding=apart)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(
+        batch, kv_heads, shared * time, head_dim, out_sharding=stacked
+    )
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
 
@@ -42,5 +48,8 @@ def attention(
     weights = weights.astype(v.dtype)
     mixed = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
     mixed = (mixed / jnp.where(total > 0, total, 1)).astype(v.dtype)
-    mixed = mixed.reshape(batch, kv_heads, shared, time, head_dim).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, time, heads, head_dim)
+    apart = NamedSharding(mesh, PartitionSpec(rows, across, None, None, None))
+    mixed = mixed.reshape(batch, kv_heads, shared, time, head_dim, out_sharding=apart)
+    mixed = mixed.transpose(0, 3, 1, 2, 4)
+    whole = NamedSharding(mesh, PartitionSpec(rows, None, across, None))
+    return mixed.reshape(batch, time, heads, head_dim, out_sharding=whole)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from l32jax.config import LlamaConfig
+from l32jax.sharding import activation_spec
 
 
 class KeyValue(NamedTuple):
@@ -35,6 +36,7 @@ def empty_cache(
 
     def slot(kind):
         shape = (decoder.num_groups, batch, lengths[kind], decoder.num_kv_heads, decoder.head_dim)
-        return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        spec = activation_spec("lbskh")
+        return KeyValue(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
 
     return tuple(slot(kind) for kind in decoder.group_pattern)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from l32jax.config import LlamaConfig
@@ -39,23 +40,29 @@ class Llama(nnx.Module):
             self.projector = Projection(sizes, "e", "d", bias=True, rngs=rngs)
 
     def features(self, images: Images) -> Float[Array, "b i c p e"]:
-        batch, num_images = images.aspect.shape[:2]
-        flat = (images.tiles, images.aspect)
-        tiles, aspect = (a.reshape(batch * num_images, *a.shape[2:]) for a in flat)
+        tiles, aspect = (_merge(array, 0) for array in (images.tiles, images.aspect))
         features = self.vision(tiles, aspect)
-        return features.reshape(batch, num_images, *features.shape[1:])
+        return features.reshape(*images.aspect.shape[:2], *features.shape[1:], out_sharding=_rows())
 
     def project(self, features: Float[Array, "b i c p e"]) -> Float[Array, "b i c p d"]:
-        flat = features.reshape(features.shape[0], -1, features.shape[-1])
-        return self.projector(flat).reshape(*features.shape[:-1], -1)
+        flat = _merge(_merge(features, 1), 1)
+        return self.projector(flat).reshape(*features.shape[:-1], -1, out_sharding=_rows())
 
     def vision_tokens(self, images: Images) -> Float[Array, "b s d"]:
         """The projected tokens of the listed tiles, end to end."""
-        projected = self.project(self.features(images))
-        batch, num_images, num_tiles, num_tokens, width = projected.shape
-        tiles = projected.reshape(batch, num_images * num_tiles, num_tokens, width)
-        chosen = jax.vmap(lambda row, index: row[index])(tiles, images.tile_index)
-        return chosen.reshape(batch, -1, width)
+        tiles = _merge(self.project(self.features(images)), 1)
+        return _merge(jax.vmap(lambda row, index: row[index])(tiles, images.tile_index), 1)
+
+
+def _rows() -> PartitionSpec:
+    return activation_spec("b")
+
+
+def _merge(array: Array, dim: int) -> Array:
+    """Two neighbouring dimensions as one; rows stay where they are."""
+    shape = array.shape
+    merged = (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
+    return array.reshape(merged, out_sharding=_rows())
 
 
 @functools.lru_cache(maxsize=32)
@@ -122,5 +129,4 @@ def forward(
 
 def _over_rows(arrays: Any) -> Any:
     """Arrays of batch rows in their place on the mesh, wherever the caller had them."""
-    spec = activation_spec("b")
-    return jax.tree.map(lambda array: jax.sharding.reshard(array, spec), arrays)
+    return jax.tree.map(lambda array: jax.sharding.reshard(array, _rows()), arrays)

@@ -1,0 +1,53 @@
+"""Looking inside: what the forward pass computes and does not return."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from l32jax.model.attention import Interval
+from l32jax.model.decoder import Context, CrossBlock
+from l32jax.model.llama import Images, Llama
+from l32jax.sharding import activation_spec
+
+
+def cross_attention_weights(
+    model: Llama, batch: dict[str, Array]
+) -> Float[Array, "l b n t s"]:
+    """How much each text token attends to each image token, by cross layer and head.
+
+    Rows sum to one, or to zero where a token sees no image. Every weight is materialised: for
+    looking at a few pictures.
+    """
+    images = Images(batch["tiles"], batch["aspect"], batch["tile_index"])
+    decoder = model.decoder
+    x = decoder.embed(batch["tokens"], decoder.embedding.weight[...].dtype)
+    context = decoder.context(
+        batch["positions"],
+        Interval(batch["start"], batch["stop"]),
+        Interval(batch["vision_start"], batch["vision_stop"]),
+        model.vision_tokens(images._replace(tiles=images.tiles.astype(x.dtype))),
+    )
+    found = []
+    for index in range(decoder.config.decoder.num_groups):
+        group = jax.tree.map(lambda weight, index=index: weight[index], decoder.groups)
+        for block in group.blocks:
+            if isinstance(block, CrossBlock):
+                found.append(_weights(block, x, context))
+            x, _ = block(x, context, None)
+    return jnp.stack(found)
+
+
+def _weights(
+    block: CrossBlock, x: Float[Array, "b t d"], context: Context
+) -> Float[Array, "b n t s"]:
+    attention = block.attention
+    q = attention.query_norm(attention.query(block.attention_norm(x)))
+    k = attention.keys_and_values(context.vision).key
+    shared = q.shape[2] // k.shape[2]
+    k = jnp.repeat(k, shared, axis=2, out_sharding=activation_spec("bsnh"))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * attention.scale
+    key = jnp.arange(k.shape[1])
+    sees = context.images
+    visible = (key >= sees.start[..., None]) & (key < sees.stop[..., None])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.where(visible[:, None], weights, 0)
