@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from l32jax.checkpoint.formats import open_weights
-from l32jax.config import Behaviour, Compat, LlamaConfig, did_you_mean
+from l32jax.checkpoint.steps import Steps
+from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig, did_you_mean
 from l32jax.data.batches import place
 from l32jax.data.chat import Image, Message, encode_dialog
 from l32jax.data.images import ImageSource
@@ -26,7 +27,8 @@ from l32jax.model.inspect import cross_attention_weights
 from l32jax.model.llama import abstract_params, bind, init_params
 from l32jax.model.parameters import Params, on_mesh
 from l32jax.presets import PRESETS
-from l32jax.sharding import single_device_mesh
+from l32jax.sharding import make_mesh, single_device_mesh
+from l32jax.train.loop import stage_directory, train
 from l32jax.train.objectives import batch_logits
 
 IMAGE_TOKEN = "<|image|>"
@@ -59,8 +61,8 @@ def load(
     found = Tokenizer.from_file(tokenizer) if tokenizer else None
     if str(source) in PRESETS:
         config = replace(PRESETS[str(source)], compat=compat)
-        if found is None and config.decoder.vocab_size == Tokenizer.bytes_only().num_tokens:
-            found = Tokenizer.bytes_only()
+        found = found or _bytes_tokenizer(config)
+        _require_matching(found, config, str(tokenizer))
         with jax.set_mesh(mesh):
             params = jax.jit(partial(init_params, config, dtype=dtype))(jax.random.key(seed))
         return Model(config, params, found, mesh)
@@ -75,6 +77,7 @@ def load(
         found = Tokenizer.from_bytes(weights.tokenizer, path)
     if found is None and _has_tokenizer(path):
         found = Tokenizer.from_file(path)
+    _require_matching(found, config, str(tokenizer or path))
     with jax.set_mesh(mesh):
         targets = on_mesh(abstract_params(config, weights.dtype or dtype), mesh)
         params = weights.read(config, targets)
@@ -82,10 +85,64 @@ def load(
     return Model(config, params, found, mesh)
 
 
+def run(config: TrainConfig) -> "Model":
+    """Trains what is left of a run, on every device, and returns what came of it.
+
+    Raises:
+      InputError: a path or the data is wrong, or `start_from` is not the config's model.
+      Interrupted: the run was asked to stop, and has saved.
+    """
+    mesh = make_mesh(config.mesh)
+    model = _beginning(config, mesh)
+    model._tokenizer().to_bytes()  # every step is saved with it: find out now if that is possible
+    params, model.params = model.params, None
+    model.params = train(config, model._tokenizer(), params, mesh)
+    return model
+
+
+def _beginning(config: TrainConfig, mesh: Mesh) -> "Model":
+    """Where the first stage starts; without parameters if those are random, or it has begun."""
+    if config.start_from is None:
+        tokenizer = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+        tokenizer = tokenizer or _bytes_tokenizer(config.model)
+        _require_matching(tokenizer, config.model, str(config.tokenizer))
+        return Model(config.model, None, tokenizer, mesh)
+    model = load(
+        config.start_from,
+        mesh=mesh,
+        dtype=jnp.float32,
+        compat=config.model.compat,
+        tokenizer=config.tokenizer,
+        seed=config.seed,
+    )
+    if model.config != config.model:
+        raise InputError(
+            f"start_from {config.start_from!r} of the run: it is not the model of the config; "
+            "give weights of the same architecture, or change `model`"
+        )
+    if Steps(stage_directory(config, 0)).all():
+        model.params = None
+    return model
+
+
 def _has_tokenizer(path: Path) -> bool:
     return path.is_file() or any(
         (path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")
     )
+
+
+def _bytes_tokenizer(config: LlamaConfig) -> Tokenizer | None:
+    """For tiny models, the tokenizer that needs no file."""
+    tokenizer = Tokenizer.bytes_only()
+    return tokenizer if tokenizer.num_tokens == config.decoder.vocab_size else None
+
+
+def _require_matching(tokenizer: Tokenizer | None, config: LlamaConfig, where: str) -> None:
+    if tokenizer is not None and tokenizer.num_tokens != config.decoder.vocab_size:
+        raise InputError(
+            f"tokenizer in {where}: {tokenizer.num_tokens} tokens, and the model has "
+            f"{config.decoder.vocab_size}; give the model's own"
+        )
 
 
 class Model:
@@ -99,16 +156,10 @@ class Model:
     def __init__(
         self, config: LlamaConfig, params: Params, tokenizer: Tokenizer | None, mesh: Mesh
     ):
-        if tokenizer is not None and tokenizer.num_tokens != config.decoder.vocab_size:
-            raise InputError(
-                f"tokenizer of {tokenizer.num_tokens} tokens: the model has "
-                f"{config.decoder.vocab_size}; give the model's own with tokenizer="
-            )
+        _require_matching(tokenizer, config, "the call")
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
 
-    def logits(
-        self, tokens: Any, images: Sequence[Any] = ()
-    ) -> Float[np.ndarray, "*b t v"]:
+    def logits(self, tokens: Any, images: Sequence[Any] = ()) -> Float[np.ndarray, "*b t v"]:
         """Float32 scores of the next token after each of `tokens`: ids [t] or [b t].
 
         `images`: those of the one row, or a list for each row, in the order of the image tokens.

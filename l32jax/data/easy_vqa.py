@@ -43,6 +43,24 @@ class EasyVqa:
         return self._scenes[index]
 
 
+SHAPES = ("circle", "rectangle", "triangle")
+YES_NO = ("yes", "no")
+
+
+def description(scene: Scene) -> str | None:
+    """The picture in words, "teal triangle", as far as its questions give it away."""
+    said = " ".join(f"{q.text.rstrip('?')} {q.answer}" for q in scene.questions if is_open(q))
+    words = said.split()
+    shape = next((word for word in words if word in SHAPES), None)
+    color = next((q.answer for q in scene.questions if is_open(q) and "color" in q.text), None)
+    return None if shape is None or color is None else f"{color} {shape}"
+
+
+def is_open(question: Question) -> bool:
+    """Whether it asks for a color or shape, not for yes or no."""
+    return question.answer not in YES_NO
+
+
 def questions(split: Split) -> list[Question]:
     """All questions of a split, in order: what a tokenizer is trained on."""
     texts, answers, _ = getattr(_package(), f"get_{split}_questions")()

@@ -1,13 +1,15 @@
 """Sources by name: what a stage's mixture is made of.
 
-  easy-vqa/train       every question about each picture, each a short chat
-  easy-vqa/train/open  only those that are not answered by yes or no
-  easy-vqa/test        the untouched split
-  PATH.jsonl           a conversation a line: {"messages": [{"role": …, "content": …}, …]}, where
-                       the content is text, or a list of text and {"image": path beside the file}
+easy-vqa/train            every question about each picture, each a short chat
+easy-vqa/train/open       only those that are not answered by yes or no
+easy-vqa/train/described  for text-only stages: the picture in words before each question
+easy-vqa/test             the untouched split
+PATH.jsonl                a conversation a line: {"messages": [{"role": …, "content": …}, …]}; the
+                          content is text, or a list of text and {"image": path beside the file}
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +20,13 @@ import numpy as np
 from l32jax.config import DataConfig, LlamaConfig
 from l32jax.data.batches import Batches, Mixture, make_batches
 from l32jax.data.chat import Image, Message, encode_for_training
-from l32jax.data.easy_vqa import EasyVqa, Scene
+from l32jax.data.easy_vqa import EasyVqa, Scene, description, is_open
 from l32jax.data.samples import Batch, Document, Sample, VisionShape, make_row, reorient
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 
 EASY_VQA = "easy-vqa/"
-YES_NO = ("yes", "no")
+EASY_VQA_KINDS = "train, train/open, train/described and test"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,9 @@ def open_source(name: str, tokenizer: Tokenizer, *, with_images: bool) -> Sample
         return _easy_vqa(name, tokenizer, with_images)
     if name.endswith(".jsonl"):
         return _conversations(Path(name), tokenizer, with_images)
-    known = f"{EASY_VQA}train, {EASY_VQA}train/open, {EASY_VQA}test, or a .jsonl file"
-    raise InputError(f"source {name!r} in the mixture: unknown; use one of {known}")
+    raise InputError(
+        f"source {name!r} in the mixture: unknown; use {EASY_VQA} with {EASY_VQA_KINDS}, or a .jsonl"
+    )
 
 
 def vision_shape(data: DataConfig, model: LlamaConfig) -> VisionShape | None:
@@ -114,19 +117,28 @@ def fitting(sample: Sample, length: int, rng: np.random.Generator) -> Sample:
 
 def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
     split, _, kind = name.removeprefix(EASY_VQA).partition("/")
-    if split not in ("train", "test") or kind not in ("", "open"):
-        raise InputError(f"source {name!r} in the mixture: easy-VQA has train, train/open and test")
+    if split not in ("train", "test") or kind not in ("", "open", "described"):
+        raise InputError(f"source {name!r} in the mixture: easy-VQA has {EASY_VQA_KINDS}")
+    if kind == "described" and with_images:
+        raise InputError(f"source {name!r} in the mixture: it has no images; set max_images to 0")
+    scenes: Sequence[Scene] = EasyVqa(split)
+    if kind == "open":
+        scenes = [s._replace(questions=tuple(filter(is_open, s.questions))) for s in scenes]
+        scenes = [scene for scene in scenes if scene.questions]
+    if kind == "described":
+        scenes = [scene for scene in scenes if description(scene)]
+    images = (0,) if with_images else ()
+
+    @functools.cache  # of some hundred different questions with their answers
+    def document(text: str, answer: str) -> Document:
+        return Document(*encode_for_training(tokenizer, question(text, answer, images)), images)
 
     def to_sample(scene: Scene) -> Sample:
-        asked = [q for q in scene.questions if kind != "open" or q.answer not in YES_NO]
-        images = (0,) if with_images else ()
-        documents = [
-            Document(*encode_for_training(tokenizer, question(q.text, q.answer, images)), images)
-            for q in asked
-        ]
-        return Sample(tuple(documents), (scene.image,) if with_images else ())
+        before = f"{description(scene)}. " if kind == "described" else ""
+        documents = tuple(document(before + q.text, q.answer) for q in scene.questions)
+        return Sample(documents, (scene.image,) if with_images else ())
 
-    return Samples(EasyVqa(split), to_sample)
+    return Samples(scenes, to_sample)
 
 
 def question(text: str, answer: str | None, images: Sequence[Any]) -> list[Message]:
@@ -157,7 +169,9 @@ def _conversations(path: Path, tokenizer: Tokenizer, with_images: bool) -> Sampl
 def _message(record: dict[str, Any], folder: Path) -> Message:
     content = record["content"]
     if isinstance(content, list):
-        content = tuple(p if isinstance(p, str) else Image(_beside(folder, p["image"])) for p in content)
+        content = tuple(
+            p if isinstance(p, str) else Image(_beside(folder, p["image"])) for p in content
+        )
     return Message(record["role"], content)
 
 

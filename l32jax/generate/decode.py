@@ -95,7 +95,8 @@ def prefill(
     )
     last = jnp.take_along_axis(states, (length - 1)[:, None, None], axis=1)
     token, keys = _choose(model.decoder.logits(last)[:, 0], keys, draw, greedy)
-    return Progress(token, length, jnp.zeros(length.shape, bool), keys, cache)
+    # not zeros, which would be sharded otherwise than what `decode` returns, and compile it twice
+    return Progress(token, length, length < 0, keys, cache)
 
 
 @partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames="progress")

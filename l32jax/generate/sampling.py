@@ -1,5 +1,6 @@
 """Choosing the next token from scores."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -26,9 +27,10 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0:
             raise InputError(
-                f"temperature={self.temperature} and top_k={self.top_k} must not be negative"
+                f"temperature={self.temperature} and top_k={self.top_k} must be finite and not "
+                "negative"
             )
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise InputError(f"top_p={self.top_p} and min_p={self.min_p} must lie between 0 and 1")
@@ -65,5 +67,8 @@ def sample(
     min_p: Float[Array, ""],
 ) -> Int[Array, "b"]:
     """One token a row, each row with its own key: its neighbours do not change its draw."""
-    scores = truncate(scores / temperature, top_k, top_p, min_p)
+    # The likeliest at 0, and no division by what float32 rounds to 0: tiny temperatures are greedy.
+    scores = scores - scores.max(axis=-1, keepdims=True)
+    scores = scores / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
+    scores = truncate(scores, top_k, top_p, min_p)
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)

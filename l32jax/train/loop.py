@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from l32jax.data.sources import open_batches
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params, on_mesh
 from l32jax.train.objectives import next_token
+from l32jax.train.optimizer import learning_rate
 from l32jax.train.report import Report
 from l32jax.train.step import TrainState, begin_stage, init_state, make_train_step
 
@@ -30,7 +31,9 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved; the same command goes on with it."""
 
     def __init__(self, stage: str, step: int):
-        super().__init__(f"saved stage {stage!r} at step {step}; the same command goes on from there")
+        super().__init__(
+            f"saved stage {stage!r} at step {step}; the same command goes on from there"
+        )
 
 
 def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh: Mesh) -> Params:
@@ -67,7 +70,7 @@ def run_stage(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    with Store(stage_directory(config, number), keep=config.keep) as store:
+    with closing(batches), Store(stage_directory(config, number), keep=config.keep) as store:
         state = _init_or_restore(config, number, stage, store, batches, params, mesh)
         first, last = int(state.step), stage.num_steps
         if first == last:
@@ -77,15 +80,17 @@ def run_stage(
         with Report(config, number, first) as report, _stop_requested() as stop:
             for index in range(first, last):
                 batch = next(batches)
-                state, metrics = step(state, place(batch, mesh))  # returns while devices work
-                report(index, batch, metrics)  # reads the metrics of the step before
+                rate = learning_rate(stage.optimizer, last, index)
+                state, metrics = step(state, place(batch, mesh), jnp.float32(rate))
+                # The devices are at work on it; this reads the metrics of the step before.
+                report(index, batch, metrics | {"learning_rate": rate})
                 done = index + 1
-                if stop() or done == last or done % config.save_every == 0:
+                stopping = stop()  # asked once a step: a signal may come between two answers
+                if stopping or done == last or done % config.save_every == 0:
                     _save(store, done, state, batches, config, tokenizer)
-                if stop():
+                if stopping:
                     store.wait()
                     raise Interrupted(stage.name, done)
-    batches.close()
     return state
 
 

@@ -1,5 +1,7 @@
 """The optimizer of a stage, from its config (optax)."""
 
+import math
+
 import jax
 import optax
 
@@ -7,28 +9,33 @@ from l32jax.config import OptimizerConfig
 from l32jax.model.parameters import Params, path_name
 
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then the decay, which ends with the stage."""
+def learning_rate(config: OptimizerConfig, num_steps: int, step: int) -> float:
+    """Of one step: a linear warm-up, whose first step learns already, then the decay.
+
+    The decay reaches `final_lr` where the stage ends, after its last step.
+    """
     peak, final, warmup = config.peak_lr, config.final_lr, config.warmup_steps
-    decay_steps = max(num_steps - warmup, 1)
-    decay = {
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=final / peak),
-        "linear": optax.linear_schedule(peak, final, decay_steps),
-        "constant": optax.constant_schedule(peak),
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(num_steps - warmup, 1)
+    left = {
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "linear": 1 - done,
+        "constant": 1.0,
     }[config.schedule]
-    if not warmup:
-        return decay
-    # The first step already learns; the peak is reached at step `warmup_steps`.
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, decay], [warmup])
+    return final + (peak - final) * left
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW; weight decay spares norms, biases, gates and position tables."""
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW for a learning rate of 1; weight decay spares norms, biases, gates, position tables.
+
+    The rate multiplies its updates from outside: stages that differ in nothing else then share
+    one compiled step.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            make_schedule(config, num_steps),
+            1.0,
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,

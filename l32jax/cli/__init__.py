@@ -1,0 +1,1 @@
+"""The verbs of the command line, each a thin function; `__main__` finds and runs them."""

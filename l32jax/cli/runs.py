@@ -1,0 +1,136 @@
+"""The verbs about runs: train one, look at its config, verify what it saved.
+
+Only training imports jax.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from l32jax.checkpoint import steps
+from l32jax.config import TrainConfig, override, to_json
+from l32jax.errors import InputError
+
+INTERRUPTED = 75  # EX_TEMPFAIL: launchers start the command again
+
+File = Annotated[Path, arg(metavar="CONFIG.py")]
+Overrides = Annotated[tuple[str, ...], arg(metavar="[FIELD=VALUE ...]", help_behavior_hint="")]
+
+
+def train(config: File, overrides: Overrides = (), /) -> int:
+    """Trains what a config file describes, or goes on with it.
+
+    The file is Python, and has a function `config()` that returns a TrainConfig. A run that was
+    interrupted (exit code 75) goes on where it was saved when the same command is given again.
+
+    Examples:
+      l32jax train configs/quickstart.py
+      l32jax train my_run.py directory=runs/second stages.0.num_steps=100 seed=1
+
+    Args:
+      config: the file.
+      overrides: fields to change, such as stages.0.optimizer.peak_lr=1e-4.
+    """
+    chosen = read_config(config, overrides)
+
+    def run() -> None:
+        from l32jax import api
+
+        api.run(chosen)
+        print(f"The trained model is in {chosen.directory}: give that as --model.")
+
+    return _interruptible(run)
+
+
+def quickstart(*, directory: Path = Path("runs/quickstart")) -> int:
+    """Trains a tiny vision model here and now, and asks it.
+
+    Examples:
+      l32jax quickstart
+      l32jax quickstart --directory runs/another
+
+    Args:
+      directory: where the run is kept; started again, it goes on from there.
+    """
+
+    def run() -> None:
+        from l32jax import quickstart
+
+        quickstart.run(directory)
+
+    return _interruptible(run)
+
+
+def show_config(config: File, overrides: Overrides = (), /) -> int:
+    """Prints the config that a run would have, as JSON.
+
+    Examples:
+      l32jax config show my_run.py
+      l32jax config show my_run.py stages.0.num_steps=100
+
+    Args:
+      config: a Python file with a function `config()` that returns a TrainConfig.
+      overrides: fields to change, such as stages.0.optimizer.peak_lr=1e-4.
+    """
+    print(to_json(read_config(config, overrides)))
+    return 0
+
+
+def verify(directory: Annotated[Path, arg(metavar="DIR")], /) -> int:
+    """Reads all files of a checkpoint, tells damages.
+
+    The exit code is 1 if a file is missing or not as it was written.
+
+    Examples:
+      l32jax checkpoint verify runs/quickstart/1_language
+
+    Args:
+      directory: of a stage of a run, where its steps are.
+    """
+    problems = steps.verify(directory)
+    for problem in problems:
+        print(problem)
+    if not problems:
+        found = ", ".join(map(str, steps.Steps(directory).all()))
+        print(f"{directory}: every file is as it was written, in step {found}")
+    return 1 if problems else 0
+
+
+def read_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """What `config()` of a Python file returns, with fields changed. The file is executed."""
+    if not path.is_file():
+        raise InputError(f"config {str(path)!r}: no such file; give a Python file with config()")
+    config = _execute(path)
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"config() in {path}: gives {type(config).__name__}, not a TrainConfig")
+    for assignment in overrides:
+        config = override(config, assignment)
+    return config
+
+
+def _execute(path: Path) -> object:
+    spec = importlib.util.spec_from_file_location("l32jax_run_config", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"config {str(path)!r}: its name does not end with .py; rename it")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.config()
+    except Exception as error:  # noqa: BLE001  (what the user's code raises can be anything)
+        why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"config in {path}: {why}; correct the file") from error
+
+
+def _interruptible(run: Callable[[], None]) -> int:
+    from l32jax.train.loop import Interrupted
+
+    try:
+        run()
+    except Interrupted as interruption:
+        print(f"l32jax: {interruption}", file=sys.stderr)
+        return INTERRUPTED
+    return 0

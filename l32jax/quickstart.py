@@ -1,0 +1,200 @@
+"""The whole road in minutes on a laptop: a small Llama 3.2 Vision learns to see.
+
+Data: easy-VQA, 64 x 64 pictures of one coloured shape, with questions. The recipe is the family's,
+in miniature: a language model that has only ever read; stage 1 trains image encoder and adapter
+against it, frozen; stage 2 anneals. The language model never changes once pictures come in.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from l32jax.api import Model, load
+from l32jax.checkpoint import hugging_face
+from l32jax.config import (
+    DataConfig,
+    DecoderConfig,
+    LlamaConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RopeScaling,
+    StageConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from l32jax.data import easy_vqa
+from l32jax.data.images import load_image
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.evaluate.easy_vqa import accuracy
+from l32jax.presets import with_vision
+from l32jax.sharding import make_mesh
+from l32jax.train.loop import stage_directory, train
+
+
+def make_tokenizer() -> Tokenizer:
+    """Learned from the training questions and the chat format's own words."""
+    asked = [f"{question.text} {question.answer}" for question in easy_vqa.questions("train")]
+    described = [f" {answer}. {answer}" for answer in easy_vqa.answers()] * 1000
+    return Tokenizer.train([*asked, *described, *["user", "assistant"] * 1000], num_merges=256)
+
+
+def model_config(vocab_size: int) -> LlamaConfig:
+    """One group of five blocks, and tiles of 32 pixels: a picture is four of them, unscaled."""
+    trunk = DecoderConfig(
+        vocab_size=vocab_size,
+        embed_dim=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=160,
+        num_groups=4,
+        rope_scaling=RopeScaling(factor=32.0, original_context=128),
+        max_context=1024,
+    )
+    vision = VisionConfig(
+        image_size=32,
+        patch_size=8,
+        embed_dim=64,
+        num_heads=2,
+        mlp_dim=256,
+        num_local_layers=2,
+        num_global_layers=1,
+        taps=(1,),
+    )
+    return with_vision(LlamaConfig(decoder=trunk), vision)
+
+
+def stages() -> tuple[StageConfig, ...]:
+    text = DataConfig(
+        mixture=(("easy-vqa/train", 0.3), ("easy-vqa/train/described", 0.7)),
+        batch_size=32,
+        length=96,
+    )
+    looking = DataConfig(
+        mixture=(("easy-vqa/train/open", 1.0),),
+        batch_size=64,
+        length=72,
+        max_images=1,
+        turn_images=True,
+    )
+    seeing = ("vision_tower", "adapter")
+    return (
+        StageConfig(
+            name="trunk",
+            num_steps=250,
+            trains=("language_model",),
+            data=text,
+            optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=20),
+        ),
+        StageConfig(
+            name="stage1",
+            num_steps=400,
+            trains=seeing,
+            data=looking,
+            optimizer=OptimizerConfig(peak_lr=3e-3, final_lr=1e-3, warmup_steps=40),
+        ),
+        StageConfig(
+            name="stage2",
+            num_steps=250,
+            trains=seeing,
+            data=dataclasses.replace(looking, mixture=(("easy-vqa/train", 1.0),)),
+            optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=10, schedule="linear"),
+        ),
+    )
+
+
+def run(directory: str | Path) -> float:
+    """Trains, evaluates, exports and draws; returns the accuracy on the test split.
+
+    A run that was stopped goes on where it was. Everything it makes is below `directory`.
+    """
+    directory = Path(directory)
+    console = Console()
+    tokenizer = make_tokenizer()
+    config = TrainConfig(
+        model=model_config(tokenizer.num_tokens),
+        stages=stages(),
+        directory=str(directory),
+        log_every=25,
+        mesh=MeshConfig(),
+    )
+    mesh = make_mesh(config.mesh)
+    train(config, tokenizer, None, mesh)
+    model = load(directory, mesh=mesh)
+    hidden = accuracy(config.model, model.params, tokenizer, mesh, blind=True)
+    seeing = accuracy(config.model, model.params, tokenizer, mesh)
+    exported = _export(model, directory / "hugging_face")
+    drawn = _draw(model, directory / "answers.png")
+    console.print(_table(hidden, seeing))
+    console.print(f"language model unchanged: {_trunk_change(config, mesh)}")
+    console.print(f"checkpoint    {stage_directory(config, len(config.stages) - 1)}")
+    console.print(f"Hugging Face  {exported}")
+    console.print(f"pictures      {drawn}")
+    return seeing
+
+
+def _table(hidden: float, seeing: float) -> Table:
+    table = Table(title="easy-VQA, 9,673 test questions")
+    table.add_column("answers")
+    table.add_column("right", justify="right")
+    table.add_row("the commonest answer, always", f"{easy_vqa.majority_accuracy():.1%}")
+    table.add_row("each question's commonest answer", f"{easy_vqa.blind_accuracy():.1%}")
+    table.add_row("the model, pictures hidden", f"{hidden:.1%}")
+    table.add_row("the model", f"[bold]{seeing:.1%}[/bold]")
+    return table
+
+
+def _trunk_change(config: TrainConfig, mesh: Mesh) -> str:
+    """Text logits after stage 2 beside those of the language model that stage 1 began with."""
+    before, after = (load(stage_directory(config, stage), mesh=mesh) for stage in (0, -1))
+    tokens, _ = after.encode("what color is the shape?")
+    difference = np.abs(before.logits(tokens) - after.logits(tokens)).max()
+    return f"text logits differ by {difference:g} at most"
+
+
+def _export(model: Model, directory: Path) -> Path:
+    """In Hugging Face's format, with the tokenizer in Meta's."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    if directory.exists():
+        shutil.rmtree(directory)
+    hugging_face.export(
+        model.params,
+        model.config,
+        directory,
+        dtype=np.float32,
+        ids=hugging_face.TokenIds(
+            begin=tokenizer.bos_id, stop=tokenizer.stop_ids, pad=tokenizer.pad_id
+        ),
+        extra_files={"tokenizer.model": tokenizer.to_bytes()},
+    )
+    return directory
+
+
+def _draw(model: Model, path: Path) -> Path:
+    """Some test pictures, each with a question, the model's answer, and the truth if it differs."""
+    from matplotlib.figure import Figure  # an extra: only this command draws
+
+    scenes = [easy_vqa.EasyVqa("test")[index] for index in range(0, 1000, 84)]
+    asked = [scene.questions[index % len(scene.questions)] for index, scene in enumerate(scenes)]
+    answers = model.generate(
+        [question.text for question in asked],
+        images=[[scene.image] for scene in scenes],
+        max_new_tokens=8,
+    )
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    for axes, scene, question, answer in zip(
+        figure.subplots(3, 4).flat, scenes, asked, answers, strict=True
+    ):
+        right = answer == question.answer
+        axes.imshow(load_image(scene.image))
+        told = answer if right else f"{answer} (truth: {question.answer})"
+        axes.set_title(f"{question.text}\n{told}", color="black" if right else "red", fontsize=9)
+        axes.axis("off")
+    figure.savefig(path)
+    return path

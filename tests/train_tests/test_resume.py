@@ -1,0 +1,262 @@
+"""Stopping and going on: the same bits as never stopping, whatever stopped the run."""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from l32jax.checkpoint.steps import Steps
+from l32jax.config import DataConfig, LlamaConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.presets import TINY_VISION
+
+MODEL = LlamaConfig(  # every kind of parameter, and little to trace
+    decoder=dataclasses.replace(
+        TINY_VISION.decoder, num_groups=2, group_pattern=("self", "cross")
+    ),
+    vision=dataclasses.replace(TINY_VISION.vision, num_local_layers=2, taps=(1,)),
+)
+CHILD = Path(__file__).with_name("training_child.py")
+NUM_STEPS, SAVE_EVERY = 6, 2
+TIMEOUT = 300
+
+
+class Trainer:
+    """The parent of the processes; each is started by a line, and told of on its output."""
+
+    def __init__(self, errors: Path):
+        self.errors = errors
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train_tests.training_child"],
+            cwd=CHILD.parents[2],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors.open("w"),
+            text=True,
+        )
+
+    def start(self, config: TrainConfig, log: Path, hold: tuple[str, int] | None = None) -> int:
+        self.say({"config": dataclasses.asdict(config), "log": str(log), "hold": hold})
+        return int(self.hear())
+
+    def say(self, request) -> None:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> str:
+        line = self._process.stdout.readline().strip()
+        assert line, self.errors.read_text()
+        return line
+
+    def run(self, config: TrainConfig, log: Path) -> None:
+        self.start(config, log)
+        assert self.hear() == "0", self.errors.read_text()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(TIMEOUT)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    trainer = Trainer(tmp_path_factory.mktemp("trainer") / "errors.txt")
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> tuple[str, str]:
+    """Conversations about text, and about pictures of several shapes."""
+    folder = tmp_path_factory.mktemp("conversations")
+    random = np.random.default_rng(0)
+    text, looking = [], []
+    for number, (height, width) in enumerate([(28, 28), (56, 28), (20, 60), (50, 50), (28, 90)]):
+        picture = random.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(picture).save(folder / f"{number}.png")
+        answer = {"role": "assistant", "content": f"{number} {number}"}
+        text.append([{"role": "user", "content": f"number {number}?"}, answer])
+        looking.append([{"role": "user", "content": [{"image": f"{number}.png"}, "?"]}, answer])
+    paths = folder / "text.jsonl", folder / "looking.jsonl"
+    for path, conversations in zip(paths, (text, looking), strict=True):
+        path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+    return str(paths[0]), str(paths[1])
+
+
+@pytest.fixture(scope="module")
+def config_in(sources):
+    text, looking = sources
+
+    def stage(name, parts, **data):
+        return StageConfig(
+            name=name,
+            num_steps=NUM_STEPS,
+            trains=parts,
+            data=DataConfig(batch_size=4, length=128, **data),
+            optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
+        )
+
+    stages = (
+        stage("trunk", ("language_model",), mixture=((text, 1.0),)),
+        stage(
+            "look",
+            ("vision_tower", "adapter"),
+            mixture=((looking, 0.7), (text, 0.3)),
+            max_images=1,
+            turn_images=True,
+        ),
+    )
+
+    def config_in(directory: Path) -> TrainConfig:
+        return TrainConfig(
+            model=MODEL, stages=stages, directory=str(directory), save_every=SAVE_EVERY
+        )
+
+    return config_in
+
+
+@dataclasses.dataclass
+class Told:
+    """What the log says: digests by place, and how often a run was interrupted."""
+
+    batches: dict
+    leaves: dict
+    interruptions: list[str]
+
+
+def read(log: Path) -> Told:
+    """A batch that is seen again, because a step was lost, must be the same one."""
+    told = Told({}, {}, [])
+    for record in map(json.loads, log.read_text().splitlines()):
+        if "interrupted" in record:
+            told.interruptions.append(record["interrupted"])
+            continue
+        kind = told.batches if "batch" in record else told.leaves
+        place = tuple(record.get("batch") or record["leaf"])
+        assert kind.setdefault(place, record["sha256"]) == record["sha256"], place
+    return told
+
+
+@pytest.fixture(scope="module")
+def whole_folder(trainer, config_in, tmp_path_factory) -> Path:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer.run(config_in(folder / "run"), folder / "log")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(whole_folder) -> Told:
+    told = read(whole_folder / "log")
+    assert list(told.batches) == list(itertools.product(("trunk", "look"), range(NUM_STEPS)))
+    assert len(set(told.batches.values())) == len(told.batches)
+    assert any("opt_state" in name for _, name in told.leaves)
+    changed = [
+        told.leaves["trunk", name] != told.leaves["look", name]
+        for _, name in told.leaves
+        if "params/vision/local_blocks/mlp" in name
+    ]
+    assert changed and all(changed)
+    return told
+
+
+@pytest.fixture
+def begun(config_in, whole_folder, tmp_path) -> tuple[TrainConfig, Path]:
+    """A run that has its first stage behind it, and its log."""
+    folder = tmp_path / "begun"
+    shutil.copytree(whole_folder / "run" / "1_trunk", folder / "run" / "1_trunk")
+    lines = (whole_folder / "log").read_text().splitlines(keepends=True)
+    (folder / "log").write_text("".join(line for line in lines if '"trunk"' in line))
+    return config_in(folder / "run"), folder / "log"
+
+
+def saved(config: TrainConfig, number: int) -> Steps:
+    return Steps(Path(config.directory) / f"{number + 1}_{config.stages[number].name}")
+
+
+def wait_for(steps: Steps, step: int) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while steps.latest() != step:
+        assert time.monotonic() < deadline, steps.all()
+        time.sleep(0.02)
+
+
+def assert_same(ours: Told, whole: Told) -> None:
+    assert ours.batches == whole.batches
+    assert ours.leaves == whole.leaves
+
+
+def kill_at(trainer, config, log, place, *, saved_step) -> None:
+    process = trainer.start(config, log, hold=place)
+    assert trainer.hear() == "holding"
+    if saved_step:
+        wait_for(saved(config, 1), saved_step)
+    os.kill(process, signal.SIGKILL)
+    assert trainer.hear() == str(-signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("step", "saved_step"),
+    [
+        pytest.param(2, 2, id="right_after_a_save"),
+        pytest.param(0, 0, id="before_the_first_save", marks=pytest.mark.slow),
+        pytest.param(5, 4, id="a_step_after_a_save", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_bits(step, saved_step, trainer, begun, whole):
+    config, log = begun
+    kill_at(trainer, config, log, ("look", step), saved_step=saved_step)
+    assert not any(stage == "look" for stage, _ in read(log).leaves)
+    trainer.run(config, log)
+    assert_same(read(log), whole)
+
+
+def test_sigterm_saves_the_step_under_way_and_the_run_goes_on(trainer, begun, whole):
+    config, log = begun
+    process = trainer.start(config, log, hold=("look", 2))
+    assert trainer.hear() == "holding"
+    os.kill(process, signal.SIGTERM)
+    trainer.say("go on")
+    assert trainer.hear() == "0"
+    assert read(log).interruptions == [
+        "saved stage 'look' at step 3; the same command goes on from there"
+    ]
+    assert saved(config, 1).newest_undamaged() == (3, {})
+    trainer.run(config, log)
+    assert_same(read(log), whole)
+
+
+def test_a_flipped_bit_costs_steps_and_changes_nothing(trainer, begun, whole):
+    config, log = begun
+    kill_at(trainer, config, log, ("look", 5), saved_step=4)
+    steps = saved(config, 1)
+    assert steps.all() == [2, 4]
+    largest = max((steps.path(4) / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+    trainer.run(config, log)
+    told = trainer.errors.read_text().splitlines()
+    (warning,) = (line for line in told if str(steps.path(4)) in line)
+    assert "has changed since it was written" in warning
+    assert "using step 2 instead" in warning
+    assert_same(read(log), whole)
+    assert steps.newest_undamaged() == (NUM_STEPS, {})
+
+
+def test_a_finished_run_is_left_as_it_is(trainer, config_in, whole_folder, whole, tmp_path):
+    shutil.copytree(whole_folder / "run", tmp_path / "run")
+    trainer.run(config_in(tmp_path / "run"), tmp_path / "log")
+    assert read(tmp_path / "log").batches == {}
+    assert read(tmp_path / "log").leaves == whole.leaves
