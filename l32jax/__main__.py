@@ -34,7 +34,7 @@ VERBS = {
     "chat": Verb("ask:chat", "Talks with a model, turn by turn."),
     "train": Verb("runs:train", "Trains what a config file describes, or goes on with it."),
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
-    "checkpoint verify": Verb("runs:verify", "Reads all files of a checkpoint, tells damages."),
+    "checkpoint verify": Verb("runs:verify", "Verifies every file of a checkpoint by its digest."),
 }
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 

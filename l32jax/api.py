@@ -68,9 +68,8 @@ def load(
         return Model(config, params, found, mesh)
     path = Path(source)
     if not path.exists():
-        raise InputError(
-            f"model {str(source)!r}: neither a path nor a preset{did_you_mean(str(source), PRESETS)}"
-        )
+        hint = did_you_mean(str(source), PRESETS)
+        raise InputError(f"model {str(source)!r}: neither a path nor a preset{hint}")
     weights = open_weights(path)
     config = replace(weights.config, compat=compat)
     if found is None and weights.tokenizer is not None:
@@ -167,14 +166,15 @@ class Model:
         tokens = np.asarray(tokens)
         if tokens.ndim == 1:
             return self.logits(tokens[None], [images])[0]
-        batch, rows = self._prompts(list(zip(tokens.tolist(), _each(images, len(tokens)))), False)
+        each = _each(images, len(tokens))
+        batch, rows = self._prompts(list(zip(tokens.tolist(), each, strict=True)), False)
         with jax.set_mesh(self.mesh):
             scores = _logits(self.config, self.params, place(batch, self.mesh))
             return np.asarray(scores)[:rows]
 
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Any,
         *,
         images: Sequence[Any] = (),
         raw: bool = False,
@@ -183,13 +183,16 @@ class Model:
         """The answer to a prompt, or those to a list of prompts, generated side by side.
 
         Args:
-          prompt: a user's text, or the messages of a dialog.
+          prompt: a user's text, or the messages of a dialog; or a list of either.
           images: files, bytes, pictures or uint8 arrays; one list for each prompt of several.
           raw: continue the text itself instead of answering it as a chat.
-          sampling: fields of SamplingConfig: max_new_tokens, temperature, top_k, top_p, min_p, seed.
+          sampling: fields of SamplingConfig: max_new_tokens, temperature, top_k, top_p, min_p,
+            seed.
         """
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Message)):
             return "".join(self.stream(prompt, images=images, raw=raw, **sampling))
+        if not prompt:
+            raise InputError("prompt: it is empty; ask something")
         each = _each(images, len(prompt))
         encoded = [self.encode(p, i, raw=raw) for p, i in zip(prompt, each, strict=True)]
         return [self._text(tokens) for tokens in self.generate_tokens(encoded, **sampling)]
@@ -232,11 +235,12 @@ class Model:
         self, tokens: Sequence[int], images: Sequence[Any]
     ) -> Float[np.ndarray, "l n t s"]:
         """How much each text token attends to each image token, by cross layer and head."""
+        if not images:
+            raise InputError("images to look at: none are given; cross-attention needs one")
         batch, _ = self._prompts([(list(tokens), list(images))], False)
         with jax.set_mesh(self.mesh):
-            return np.asarray(_cross_attention(self.config, self.params, place(batch, self.mesh)))[
-                :, 0
-            ]
+            weights = _cross_attention(self.config, self.params, place(batch, self.mesh))
+            return np.asarray(weights)[:, 0]
 
     def _steps(self, prompts, sampling: dict[str, Any]) -> Iterator[np.ndarray]:
         options = SamplingConfig(**sampling)

@@ -178,7 +178,7 @@ class DataConfig:
     mixture: (source, share of rows); see `data.sources` for the names.
     length: text tokens of a row.
     max_images, max_tiles: images of a row and tiles of an image; 0 images for text only.
-    turn_images: each image flipped or turned at random, for answers that do not depend on it.
+    mirror_images: left and right swapped in half of the images, where answers allow it.
     """
 
     mixture: tuple[tuple[str, float], ...]
@@ -186,7 +186,7 @@ class DataConfig:
     length: int
     max_images: int = 0
     max_tiles: int = 4
-    turn_images: bool = False
+    mirror_images: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def stages() -> tuple[StageConfig, ...]:
         batch_size=64,
         length=72,
         max_images=1,
-        turn_images=True,
+        mirror_images=True,
     )
     seeing = ("vision_tower", "adapter")
     return (
@@ -151,7 +151,8 @@ def _table(hidden: float, seeing: float) -> Table:
 
 def _trunk_change(config: TrainConfig, mesh: Mesh) -> str:
     """Text logits after stage 2 beside those of the language model that stage 1 began with."""
-    before, after = (load(stage_directory(config, stage), mesh=mesh) for stage in (0, -1))
+    last = len(config.stages) - 1
+    before, after = (load(stage_directory(config, stage), mesh=mesh) for stage in (0, last))
     tokens, _ = after.encode("what color is the shape?")
     difference = np.abs(before.logits(tokens) - after.logits(tokens)).max()
     return f"text logits differ by {difference:g} at most"
@@ -160,7 +161,7 @@ def _trunk_change(config: TrainConfig, mesh: Mesh) -> str:
 def _export(model: Model, directory: Path) -> Path:
     """In Hugging Face's format, with the tokenizer in Meta's."""
     tokenizer = model.tokenizer
-    assert tokenizer is not None
+    assert tokenizer is not None and tokenizer.bos_id is not None
     if directory.exists():
         shutil.rmtree(directory)
     hugging_face.export(

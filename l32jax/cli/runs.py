@@ -28,7 +28,7 @@ def train(config: File, overrides: Overrides = (), /) -> int:
     interrupted (exit code 75) goes on where it was saved when the same command is given again.
 
     Examples:
-      l32jax train configs/quickstart.py
+      l32jax train configs/easy_vqa_tiny.py
       l32jax train my_run.py directory=runs/second stages.0.num_steps=100 seed=1
 
     Args:
@@ -81,22 +81,19 @@ def show_config(config: File, overrides: Overrides = (), /) -> int:
 
 
 def verify(directory: Annotated[Path, arg(metavar="DIR")], /) -> int:
-    """Reads all files of a checkpoint, tells damages.
+    """Verifies every file of a checkpoint by its digest.
 
     The exit code is 1 if a file is missing or not as it was written.
 
     Examples:
-      l32jax checkpoint verify runs/quickstart/1_language
+      l32jax checkpoint verify runs/quickstart
 
     Args:
-      directory: of a stage of a run, where its steps are.
+      directory: of a run, or of one of its stages.
     """
-    problems = steps.verify(directory)
-    for problem in problems:
-        print(problem)
-    if not problems:
-        found = ", ".join(map(str, steps.Steps(directory).all()))
-        print(f"{directory}: every file is as it was written, in step {found}")
+    stages = [path for path in sorted(directory.glob("*")) if steps.is_store(path)]
+    problems = [f"{stage}, {p}" for stage in stages or [directory] for p in steps.verify(stage)]
+    print("\n".join(problems) or f"{directory}: every file is as it was written")
     return 1 if problems else 0
 
 

@@ -5,6 +5,7 @@ all of them. Two baselines that see no picture: `majority_accuracy` and `blind_a
 """
 
 import collections
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from l32jax.errors import InputError
@@ -24,7 +25,7 @@ class Scene(NamedTuple):
     questions: tuple[Question, ...]
 
 
-class EasyVqa:
+class EasyVqa(Sequence[Scene]):
     """The pictures of a split as a random-access source of records."""
 
     def __init__(self, split: Split):
@@ -39,7 +40,7 @@ class EasyVqa:
     def __len__(self) -> int:
         return len(self._scenes)
 
-    def __getitem__(self, index: int) -> Scene:
+    def __getitem__(self, index):
         return self._scenes[index]
 
 

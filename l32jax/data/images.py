@@ -27,8 +27,6 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 # two swapped.
 ASPECT_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 
-ORIENTATIONS = (None, *Image.Transpose)  # the eight ways to lay a square on itself
-
 
 def aspect_ratio_id(grid: Grid) -> int:
     """Hugging Face's number of a grid of tiles; 0 stands for no image, (0, 0)."""
@@ -93,10 +91,9 @@ def fit(height: int, width: int, grid: Grid, *, tile_size: int) -> tuple[int, in
     return max_height, max(min(math.floor(width * by_height), max_width), 1)
 
 
-def random_orientation(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """One of the eight flips and quarter turns: for data whose answers do not depend on them."""
-    orientation = ORIENTATIONS[rng.integers(len(ORIENTATIONS))]
-    return image if orientation is None else image.transpose(orientation)
+def mirrored_at_random(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """For data whose answers do not depend on left and right."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.integers(2) else image
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:

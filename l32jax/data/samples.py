@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from l32jax.config import Behaviour, VisionConfig
-from l32jax.data.images import Grid, ImageSource, load_image, preprocess, random_orientation
+from l32jax.data.images import Grid, ImageSource, load_image, mirrored_at_random, preprocess
 from l32jax.errors import InputError
 
 # Array by name: the layout that the model's step takes; FIELDS says the dimensions.
@@ -171,9 +171,9 @@ def stack(rows: Sequence[Batch]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def reorient(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The sample with each image flipped or turned at random."""
-    images = tuple(random_orientation(load_image(image), rng) for image in sample.images)
+def mirror(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The sample with left and right swapped in about half of its images."""
+    images = tuple(mirrored_at_random(load_image(image), rng) for image in sample.images)
     return dataclasses.replace(sample, images=images)
 
 

@@ -21,7 +21,7 @@ from l32jax.config import DataConfig, LlamaConfig
 from l32jax.data.batches import Batches, Mixture, make_batches
 from l32jax.data.chat import Image, Message, encode_for_training
 from l32jax.data.easy_vqa import EasyVqa, Scene, description, is_open
-from l32jax.data.samples import Batch, Document, Sample, VisionShape, make_row, reorient
+from l32jax.data.samples import Batch, Document, Sample, VisionShape, make_row, mirror
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 
@@ -84,8 +84,8 @@ def open_batches(
     vision = vision_shape(data, model)
 
     def row(sample: Sample, rng: np.random.Generator) -> Batch:
-        if data.turn_images:
-            sample = reorient(sample, rng)
+        if data.mirror_images:
+            sample = mirror(sample, rng)
         return make_row([fitting(sample, data.length, rng)], length=data.length, vision=vision)
 
     names, weights = zip(*data.mixture, strict=True)
@@ -121,7 +121,7 @@ def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
         raise InputError(f"source {name!r} in the mixture: easy-VQA has {EASY_VQA_KINDS}")
     if kind == "described" and with_images:
         raise InputError(f"source {name!r} in the mixture: it has no images; set max_images to 0")
-    scenes: Sequence[Scene] = EasyVqa(split)
+    scenes = list(EasyVqa(split))
     if kind == "open":
         scenes = [s._replace(questions=tuple(filter(is_open, s.questions))) for s in scenes]
         scenes = [scene for scene in scenes if scene.questions]
@@ -150,7 +150,13 @@ def question(text: str, answer: str | None, images: Sequence[Any]) -> list[Messa
 def _conversations(path: Path, tokenizer: Tokenizer, with_images: bool) -> Samples:
     if not path.is_file():
         raise InputError(f"source {str(path)!r} in the mixture: no such file; check the path")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut inside of text
+    except UnicodeDecodeError as error:
+        raise InputError(f"source {str(path)!r} in the mixture: not UTF-8 ({error})") from None
+    numbered_lines = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered_lines:
+        raise InputError(f"source {str(path)!r} in the mixture: it is empty; check the path")
 
     def to_sample(numbered: tuple[int, str]) -> Sample:
         number, line = numbered
@@ -163,7 +169,7 @@ def _conversations(path: Path, tokenizer: Tokenizer, with_images: bool) -> Sampl
             raise InputError(f"line {number} of {path}: it has images; set max_images in the data")
         return Sample.single(*encode_for_training(tokenizer, messages), images)
 
-    return Samples(list(enumerate(lines, start=1)), to_sample)
+    return Samples(numbered_lines, to_sample)
 
 
 def _message(record: dict[str, Any], folder: Path) -> Message:
@@ -172,6 +178,8 @@ def _message(record: dict[str, Any], folder: Path) -> Message:
         content = tuple(
             p if isinstance(p, str) else Image(_beside(folder, p["image"])) for p in content
         )
+    elif not isinstance(content, str):
+        raise TypeError("its content is neither text nor a list")
     return Message(record["role"], content)
 
 

@@ -75,6 +75,7 @@ def prefill(
     dtype = model.decoder.embedding.weight[...].dtype
     vision_length = 0
     if "tile_index" in batch:
+        assert config.vision is not None
         vision_length = batch["tile_index"].shape[1] * config.vision.tokens_per_tile
     cache = empty_cache(
         config,
@@ -93,6 +94,7 @@ def prefill(
         cache=cache,
         write_at=jnp.zeros_like(length),
     )
+    assert cache is not None
     last = jnp.take_along_axis(states, (length - 1)[:, None, None], axis=1)
     token, keys = _choose(model.decoder.logits(last)[:, 0], keys, draw, greedy)
     # not zeros, which would be sharded otherwise than what `decode` returns, and compile it twice
@@ -124,6 +126,7 @@ def decode(
         cache=progress.cache,
         write_at=length,
     )
+    assert cache is not None
     token, keys = _choose(model.decoder.logits(states)[:, 0], progress.keys, draw, greedy)
     token = jnp.where(done, pad_id, token)
     return Progress(token, length + 1, done, keys, cache)

@@ -58,6 +58,7 @@ class SelfAttention(Heads):
         """With a cache, new keys go in at slot `write_at` of each row, and `sees` counts slots."""
         kv = KeyValue(rotate(self.key(x), *rotation), self.value(x))
         if cache is not None:
+            assert write_at is not None
             kv = cache = cache.write(kv, write_at)
         return self.attend(rotate(self.query(x), *rotation), kv, sees), cache
 

@@ -40,14 +40,14 @@ def cross_attention_weights(
 def _weights(
     block: CrossBlock, x: Float[Array, "b t d"], context: Context
 ) -> Float[Array, "b n t s"]:
-    attention = block.attention
+    attention, sees = block.attention, context.images
+    assert context.vision is not None and sees is not None
     q = attention.query_norm(attention.query(block.attention_norm(x)))
     k = attention.keys_and_values(context.vision).key
     shared = q.shape[2] // k.shape[2]
     k = jnp.repeat(k, shared, axis=2, out_sharding=activation_spec("bsnh"))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * attention.scale
     key = jnp.arange(k.shape[1])
-    sees = context.images
     visible = (key >= sees.start[..., None]) & (key < sees.stop[..., None])
     weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
     return jnp.where(visible[:, None], weights, 0)

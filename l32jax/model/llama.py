@@ -119,7 +119,7 @@ def forward(
         (tokens, positions, text, seen_images, images, write_at)
     )
     decoder = model.decoder
-    dtype = dtype or decoder.embedding.weight[...].dtype
+    dtype = jnp.dtype(dtype or decoder.embedding.weight[...].dtype)
     vision = None
     if images is not None:
         vision = model.vision_tokens(images._replace(tiles=images.tiles.astype(dtype)))

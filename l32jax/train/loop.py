@@ -111,7 +111,8 @@ def _init_or_restore(
         return restored.state
     if params is None:
         return jax.jit(init)()
-    return jax.jit(partial(begin_stage, config.model, stage, seed=seed))(params)
+    begin = partial(begin_stage, config.model, stage, seed=seed)
+    return jax.jit(begin, donate_argnums=0)(params)
 
 
 def _save(

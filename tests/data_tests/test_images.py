@@ -15,8 +15,8 @@ from l32jax.data.images import (
     choose_grid,
     fit,
     load_image,
+    mirrored_at_random,
     preprocess,
-    random_orientation,
 )
 from l32jax.errors import InputError
 
@@ -220,7 +220,7 @@ def test_arrays_of_another_kind_are_refused(array):
         load_image(array)
 
 
-def test_random_orientations_are_the_eight_of_the_square(noise):
+def test_mirroring_swaps_left_and_right_half_of_the_time(noise):
     rng = np.random.default_rng(0)
-    found = {random_orientation(noise, rng).tobytes() for _ in range(100)}
-    assert len(found) == 8
+    found = {mirrored_at_random(noise, rng).tobytes() for _ in range(20)}
+    assert found == {noise.tobytes(), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()}

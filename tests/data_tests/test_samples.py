@@ -16,7 +16,7 @@ from l32jax.data.samples import (
     VisionShape,
     make_prompt_batch,
     make_row,
-    reorient,
+    mirror,
     vision_intervals,
 )
 from l32jax.errors import InputError
@@ -251,8 +251,8 @@ def test_text_prompts_need_no_vision():
         make_prompt_batch([([], [])], length=2)
 
 
-def test_reorienting_changes_the_images_alone():
+def test_mirroring_changes_the_images_alone():
     sample = sample_of([9, 5], [WIDE])
-    turned = [reorient(sample, np.random.default_rng(seed)) for seed in range(20)]
-    assert {load_image(s.images[0]).size for s in turned} == {(56, 20), (20, 56)}
-    assert all(s.documents == sample.documents for s in turned)
+    mirrored = [mirror(sample, np.random.default_rng(seed)) for seed in range(20)]
+    assert {load_image(s.images[0]).size for s in mirrored} == {load_image(WIDE).size}
+    assert all(s.documents == sample.documents for s in mirrored)

@@ -16,15 +16,9 @@ import pytest
 from PIL import Image
 
 from l32jax.checkpoint.steps import Steps
-from l32jax.config import DataConfig, LlamaConfig, OptimizerConfig, StageConfig, TrainConfig
-from l32jax.presets import TINY_VISION
+from l32jax.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+from tests.train_tests.small import MODEL
 
-MODEL = LlamaConfig(  # every kind of parameter, and little to trace
-    decoder=dataclasses.replace(
-        TINY_VISION.decoder, num_groups=2, group_pattern=("self", "cross")
-    ),
-    vision=dataclasses.replace(TINY_VISION.vision, num_local_layers=2, taps=(1,)),
-)
 CHILD = Path(__file__).with_name("training_child.py")
 NUM_STEPS, SAVE_EVERY = 6, 2
 TIMEOUT = 300
@@ -113,7 +107,7 @@ def config_in(sources):
             ("vision_tower", "adapter"),
             mixture=((looking, 0.7), (text, 0.3)),
             max_images=1,
-            turn_images=True,
+            mirror_images=True,
         ),
     )
 

@@ -1,0 +1,135 @@
+"""Every mesh computes the same; parameters are born where the tables say."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from l32jax.config import MeshConfig
+from l32jax.data.batches import place
+from l32jax.errors import InputError
+from l32jax.model.llama import bind, init_params
+from l32jax.model.parameters import flatten
+from l32jax.sharding import make_mesh, single_device_mesh
+from l32jax.train.objectives import batch_logits, cross_entropy
+from tests.checkpoint_tests.weights import random_params
+from tests.train_tests.small import MODEL, rows
+
+LIMIT = 1e-5
+MESHES = {
+    "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp8": MeshConfig(fsdp=8),
+    "fsdp4_tensor2": MeshConfig(fsdp=4, tensor=2),
+}
+
+# Dimensions of the parameters by the ends of their paths; l is the stacked axis.
+DIMS = {
+    "decoder/embedding/weight": "vd",
+    "decoder/image_embedding/weight": "_d",
+    "query/weight": "lnhd",
+    "out/weight": "ldnh",
+    "gate/weight": "lfd",
+    "up/weight": "lfd",
+    "down/weight": "ldf",
+    "up/bias": "lf",
+    "patch_embedding/weight": "de",
+    "projector/weight": "de",
+}
+AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "tensor"}
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_and_gradients(config, params, batch):
+    def loss(params):
+        logits = batch_logits(bind(config, params), batch)
+        loss = jnp.sum(cross_entropy(logits, batch["targets"]) * batch["weights"])
+        return loss / batch["weights"].sum(), logits
+
+    gradients, logits = jax.grad(loss, has_aux=True)(params)
+    return logits, gradients
+
+
+def computed_on(mesh):
+    with jax.set_mesh(mesh):
+        batch = place(rows(8, images=True), mesh)
+        logits, gradients = logits_and_gradients(MODEL, random_params(MODEL, mesh), batch)
+    return np.asarray(logits), {name: np.asarray(g) for name, g in flatten(gradients).items()}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return computed_on(single_device_mesh())
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_gives_the_same_logits_and_gradients(name, alone):
+    logits, gradients = computed_on(make_mesh(MESHES[name]))
+    np.testing.assert_allclose(logits, alone[0], rtol=0, atol=LIMIT * np.abs(alone[0]).max())
+    largest = max(np.abs(gradient).max() for gradient in alone[1].values())
+    for path, gradient in alone[1].items():
+        assert gradient.any(), path
+        np.testing.assert_allclose(
+            gradients[path], gradient, rtol=0, atol=LIMIT * largest, err_msg=path
+        )
+
+
+def expected_spec(path: str) -> tuple:
+    of_text = path.startswith("decoder")
+    heads = "lkhd" if of_text else "lnhd"  # the image encoder does not group its queries
+    known = {**DIMS, "key/weight": heads, "value/weight": heads}
+    dims = next((dims for end, dims in known.items() if path.endswith(end)), "")
+    return tuple(AXES.get(dim) for dim in dims)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_parameters_are_born_where_the_tables_say(name):
+    mesh = make_mesh(MESHES[name])
+    with jax.set_mesh(mesh):
+        params = jax.jit(partial(init_params, MODEL))(jax.random.key(0))
+    for path, leaf in flatten(params).items():
+        spec = tuple(leaf.sharding.spec)
+        expected = expected_spec(path)
+        padded = (*spec, *[None] * (leaf.ndim - len(spec)))
+        assert padded == (*expected, *[None] * (leaf.ndim - len(expected))), path
+        parts = np.prod([mesh.shape[axis] for axis in expected if axis])
+        assert leaf.addressable_shards[0].data.size * parts == leaf.size, path
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+    largest = max(
+        sum(leaf.addressable_shards[device].data.size for leaf in jax.tree.leaves(params))
+        for device in range(8)
+    )
+    assert largest < whole / 2
+
+
+def test_a_free_axis_takes_what_the_others_leave():
+    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {
+        "data": 1, "fsdp": 4, "context": 1, "tensor": 2
+    }
+    assert make_mesh(MeshConfig(data=-1, fsdp=1)).shape["data"] == 8
+    assert set(single_device_mesh().shape.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": -1}, "-1 may stand once"),
+        ({"data": 0}, "sizes are positive"),
+        ({"data": -2}, "sizes are positive"),
+        ({"fsdp": 4}, "does not cover the 8 devices"),
+        ({"data": 3}, "does not cover the 8 devices"),
+        ({"data": 16}, "does not cover the 8 devices"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(sizes, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_the_specs_name_only_axes_of_the_mesh():
+    mesh = make_mesh()
+    names = {axis for axis in AXES.values()}
+    assert names <= set(mesh.axis_names)
+    assert PartitionSpec("fsdp") == PartitionSpec(*expected_spec("projector/weight")[:1])
