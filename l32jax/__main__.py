@@ -92,7 +92,7 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     count = 2 if arguments[0] in GROUPS else 1
     name = " ".join(arguments[:count])
     if name not in VERBS:
-        from l32jax.config import did_you_mean
+        from l32jax.config_text import did_you_mean
 
         raise InputError(f"verb {name!r} of l32jax: there is none{did_you_mean(name, VERBS)}")
     return name, arguments[count:]

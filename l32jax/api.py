@@ -1,6 +1,5 @@
-"""The model as an object, for notebooks and the command line: load it, ask it, look inside."""
+"""The way in, for notebooks and the command line: load a model, run a configured training."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,31 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 
 from l32jax.checkpoint.formats import open_weights
 from l32jax.checkpoint.steps import Steps
-from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig, did_you_mean
-from l32jax.data.batches import place
-from l32jax.data.chat import Image, Message, encode_dialog
-from l32jax.data.images import ImageSource
-from l32jax.data.samples import Batch, VisionShape, make_prompt_batch
-from l32jax.data.tokenizer import StreamDecoder, Tokenizer
+from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig
+from l32jax.config_text import did_you_mean
+from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
-from l32jax.generate.decode import bucket, generate
-from l32jax.generate.sampling import SamplingConfig
-from l32jax.model.inspect import cross_attention_weights
-from l32jax.model.llama import abstract_params, bind, init_params
-from l32jax.model.parameters import Params, on_mesh
+from l32jax.generate.model import Model
+from l32jax.model.llama import abstract_params, init_params
+from l32jax.model.parameters import on_mesh
 from l32jax.presets import PRESETS
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.loop import stage_directory, train
-from l32jax.train.objectives import batch_logits
-
-IMAGE_TOKEN = "<|image|>"
-Prompt = str | Sequence[Message]
 
 
 def load(
@@ -43,7 +31,7 @@ def load(
     compat: Behaviour | Compat = "meta",
     tokenizer: str | Path | None = None,
     seed: int = 0,
-) -> "Model":
+) -> Model:
     """A model from a Hugging Face folder, a GGUF file, the folder of a run, or a preset's name.
 
     Args:
@@ -84,7 +72,7 @@ def load(
     return Model(config, params, found, mesh)
 
 
-def run(config: TrainConfig) -> "Model":
+def run(config: TrainConfig) -> Model:
     """Trains what is left of a run, on every device, and returns what came of it.
 
     Raises:
@@ -93,13 +81,13 @@ def run(config: TrainConfig) -> "Model":
     """
     mesh = make_mesh(config.mesh)
     model = _beginning(config, mesh)
-    model._tokenizer().to_bytes()  # every step is saved with it: find out now if that is possible
+    model.require_tokenizer().to_bytes()  # steps are saved with it: find out now if that works
     params, model.params = model.params, None
-    model.params = train(config, model._tokenizer(), params, mesh)
+    model.params = train(config, model.require_tokenizer(), params, mesh)
     return model
 
 
-def _beginning(config: TrainConfig, mesh: Mesh) -> "Model":
+def _beginning(config: TrainConfig, mesh: Mesh) -> Model:
     """Where the first stage starts; without parameters if those are random, or it has begun."""
     if config.start_from is None:
         tokenizer = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
@@ -142,214 +130,3 @@ def _require_matching(tokenizer: Tokenizer | None, config: LlamaConfig, where: s
             f"tokenizer in {where}: {tokenizer.num_tokens} tokens, and the model has "
             f"{config.decoder.vocab_size}; give the model's own"
         )
-
-
-class Model:
-    """Parameters with what is needed to use them.
-
-    Attributes:
-      config: what the weights are. params: a nested dict of arrays.
-      tokenizer: None if none was found. mesh: where it all lives.
-    """
-
-    def __init__(
-        self, config: LlamaConfig, params: Params, tokenizer: Tokenizer | None, mesh: Mesh
-    ):
-        _require_matching(tokenizer, config, "the call")
-        self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-
-    def logits(self, tokens: Any, images: Sequence[Any] = ()) -> Float[np.ndarray, "*b t v"]:
-        """Float32 scores of the next token after each of `tokens`: ids [t] or [b t].
-
-        `images`: those of the one row, or a list for each row, in the order of the image tokens.
-        """
-        tokens = np.asarray(tokens)
-        if tokens.ndim == 1:
-            return self.logits(tokens[None], [images])[0]
-        each = _each(images, len(tokens))
-        batch, rows = self._prompts(list(zip(tokens.tolist(), each, strict=True)), False)
-        with jax.set_mesh(self.mesh):
-            scores = _logits(self.config, self.params, place(batch, self.mesh))
-            return np.asarray(scores)[:rows]
-
-    def generate(
-        self,
-        prompt: Any,
-        *,
-        images: Sequence[Any] = (),
-        raw: bool = False,
-        **sampling: Any,
-    ) -> Any:
-        """The answer to a prompt, or those to a list of prompts, generated side by side.
-
-        Args:
-          prompt: a user's text, or the messages of a dialog; or a list of either.
-          images: files, bytes, pictures or uint8 arrays; one list for each prompt of several.
-          raw: continue the text itself instead of answering it as a chat.
-          sampling: fields of SamplingConfig: max_new_tokens, temperature, top_k, top_p, min_p,
-            seed.
-        """
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Message)):
-            return "".join(self.stream(prompt, images=images, raw=raw, **sampling))
-        if not prompt:
-            raise InputError("prompt: it is empty; ask something")
-        each = _each(images, len(prompt))
-        encoded = [self.encode(p, i, raw=raw) for p, i in zip(prompt, each, strict=True)]
-        return [self._text(tokens) for tokens in self.generate_tokens(encoded, **sampling)]
-
-    def stream(
-        self, prompt: Prompt, *, images: Sequence[Any] = (), raw: bool = False, **sampling: Any
-    ) -> Iterator[str]:
-        """The answer to one prompt, piece by piece, as whole characters are known."""
-        encoded = [self.encode(prompt, images, raw=raw)]
-        tokenizer = self._tokenizer()
-        decoder = StreamDecoder(tokenizer)
-        for (token,) in self._steps(encoded, sampling):
-            if token not in tokenizer.stop_ids:
-                yield decoder.feed(token)
-        yield decoder.finish()
-
-    def encode(
-        self, prompt: Prompt, images: Sequence[Any] = (), *, raw: bool = False
-    ) -> tuple[list[int], list[ImageSource]]:
-        """The tokens of a prompt, and its images in the order of their tokens."""
-        tokenizer = self._tokenizer()
-        if not raw:
-            return _encode_chat(tokenizer, prompt, images)
-        if not isinstance(prompt, str) or not prompt:
-            raise InputError("prompt: it is empty or not text; a raw prompt needs some text")
-        missing = IMAGE_TOKEN * (len(images) - prompt.count(IMAGE_TOKEN))
-        tokens = tokenizer.encode(missing + prompt, allow_special=True)
-        if tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
-            tokens = [tokenizer.bos_id, *tokens]
-        return tokens, list(images)
-
-    def generate_tokens(
-        self, prompts: Sequence[tuple[Sequence[int], Sequence[Any]]], **sampling: Any
-    ) -> list[list[int]]:
-        """The new tokens after each of (tokens, images), stop token included."""
-        steps = np.stack(list(self._steps(prompts, sampling)), axis=1)
-        return [_until_stop(row, self._stop_ids()) for row in steps.tolist()]
-
-    def cross_attention(
-        self, tokens: Sequence[int], images: Sequence[Any]
-    ) -> Float[np.ndarray, "l n t s"]:
-        """How much each text token attends to each image token, by cross layer and head."""
-        if not images:
-            raise InputError("images to look at: none are given; cross-attention needs one")
-        batch, _ = self._prompts([(list(tokens), list(images))], False)
-        with jax.set_mesh(self.mesh):
-            weights = _cross_attention(self.config, self.params, place(batch, self.mesh))
-            return np.asarray(weights)[:, 0]
-
-    def _steps(self, prompts, sampling: dict[str, Any]) -> Iterator[np.ndarray]:
-        options = SamplingConfig(**sampling)
-        longest = max(len(tokens) for tokens, _ in prompts)
-        if longest + options.max_new_tokens > self.config.decoder.max_context:
-            raise InputError(
-                f"prompt of {longest} tokens and {options.max_new_tokens} new ones: the model's "
-                f"context is {self.config.decoder.max_context}; shorten one of them"
-            )
-        batch, rows = self._prompts(prompts, True)
-        with jax.set_mesh(self.mesh):
-            for tokens in generate(
-                self.config,
-                self.params,
-                place(batch, self.mesh),
-                options,
-                stop_ids=self._stop_ids(),
-                pad_id=0,
-            ):
-                yield tokens[:rows]
-
-    def _prompts(self, prompts, bucketed: bool) -> tuple[Batch, int]:
-        """A batch that the mesh can divide, and how many of its rows are real."""
-        self._check(prompts)
-        rows = len(prompts)
-        prompts = [*prompts, *[prompts[-1]] * (-rows % _row_multiple(self.mesh))]
-        longest = max(len(tokens) for tokens, _ in prompts)
-        most_images = max(len(images) for _, images in prompts)
-        vision = None
-        if most_images:
-            encoder = self.config.vision
-            assert encoder is not None
-            vision = VisionShape(
-                encoder=encoder,
-                image_id=self.config.decoder.vocab_size,
-                max_images=most_images,
-                slots=most_images * encoder.max_tiles,
-                max_tiles=encoder.max_tiles,
-            )
-        length = bucket(longest) if bucketed else longest
-        batch = make_prompt_batch(prompts, length=length, vision=vision)
-        if vision is not None and self.config.compat.row_mask == "meta":
-            used = batch["aspect"].prod(axis=-1).sum(axis=-1).max()
-            batch["tile_index"] = batch["tile_index"][:, :used]
-        return batch, rows
-
-    def _check(self, prompts) -> None:
-        vocab_size = self.config.decoder.vocab_size
-        highest = vocab_size if self.config.vision is None else vocab_size + 1
-        for tokens, images in prompts:
-            if images and self.config.vision is None:
-                raise InputError(
-                    f"{len(images)} images for a text-only model: it cannot see them; "
-                    "leave them out, or load a vision model"
-                )
-            if any(not 0 <= token < highest for token in tokens):
-                raise InputError(f"token ids: they must lie between 0 and {highest - 1}")
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InputError(
-                "tokenizer of the model: none stands beside its weights; give one with tokenizer="
-            )
-        return self.tokenizer
-
-    def _stop_ids(self) -> tuple[int, ...]:
-        return () if self.tokenizer is None else self.tokenizer.stop_ids
-
-    def _text(self, tokens: list[int]) -> str:
-        stops = self._stop_ids()
-        return self._tokenizer().decode([token for token in tokens if token not in stops])
-
-
-def _encode_chat(
-    tokenizer: Tokenizer, prompt: Prompt, images: Sequence[Any]
-) -> tuple[list[int], list[ImageSource]]:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InputError("prompt: it is empty; ask something")
-        prompt = [Message("user", (*map(Image, images), prompt))]
-    elif images:
-        raise InputError("images beside messages: put each into its message, as chat.Image")
-    parts = [part for message in prompt for part in message.content]
-    return encode_dialog(tokenizer, prompt), [p.source for p in parts if isinstance(p, Image)]
-
-
-def _each(images: Sequence[Any], count: int) -> list[list[Any]]:
-    if not images:
-        return [[] for _ in range(count)]
-    if len(images) != count or not all(isinstance(i, (list, tuple)) for i in images):
-        raise InputError(f"images of {count} prompts: give one list of images for each of them")
-    return [list(row) for row in images]
-
-
-def _until_stop(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    ends = [index for index, token in enumerate(tokens) if token in stop_ids]
-    return tokens[: ends[0] + 1] if ends else tokens
-
-
-def _row_multiple(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-@partial(jax.jit, static_argnums=0)
-def _logits(config: LlamaConfig, params: Params, batch):
-    model = bind(config, params)
-    return batch_logits(model, batch, dtype=model.decoder.embedding.weight[...].dtype)
-
-
-@partial(jax.jit, static_argnums=0)
-def _cross_attention(config: LlamaConfig, params: Params, batch):
-    return cross_attention_weights(bind(config, params), batch)

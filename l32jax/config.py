@@ -1,17 +1,10 @@
 """Every knob, as frozen dataclasses: what is not here cannot be changed from outside."""
 
 import dataclasses
-import difflib
-import json
-import types
-import typing
-from ast import literal_eval
-from collections.abc import Iterable
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from l32jax.errors import InputError
 
-ConfigT = TypeVar("ConfigT")
 BlockKind = Literal["self", "cross"]
 Behaviour = Literal["meta", "hf"]
 Part = Literal["language_model", "vision_tower", "adapter"]
@@ -223,96 +216,3 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
-
-
-def override(config: ConfigT, assignment: str) -> ConfigT:
-    """Returns `config` with one `dotted.path=value` applied, checked against the field's type."""
-    path, equals, text = assignment.partition("=")
-    if not equals:
-        raise InputError(f"override {assignment!r} is not of the form path=value")
-    head, _, rest = path.partition(".")
-    hints = typing.get_type_hints(type(config))
-    if head not in hints:
-        hint = did_you_mean(head, hints)
-        raise InputError(f"{type(config).__name__} has no field {head!r}{hint}")
-    old = getattr(config, head)
-    if not rest:
-        value = _parse(text, hints[head], where=path)
-    elif isinstance(old, tuple):  # stages.0.num_steps=10
-        value = _override_item(old, rest, text, where=path)
-    elif dataclasses.is_dataclass(old):
-        value = override(old, f"{rest}={text}")
-    else:
-        raise InputError(f"{head} of {type(config).__name__} has no parts, so not {rest!r}")
-    return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _override_item(items: tuple, rest: str, text: str, where: str) -> tuple:
-    index, _, rest = rest.partition(".")
-    if not index.isdigit() or int(index) >= len(items) or not rest:
-        raise InputError(f"{where} needs an index below {len(items)} and a field, not {index!r}")
-    position = int(index)
-    new = override(items[position], f"{rest}={text}")
-    return (*items[:position], new, *items[position + 1 :])
-
-
-def _parse(text: str, kind: Any, where: str) -> Any:
-    if kind is str:
-        return text
-    try:
-        value = literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text  # a bare word, for Literal[...] and `str | None`
-    return decode(kind, value, where)
-
-
-def to_json(config: Any) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2)
-
-
-def from_json(kind: type[ConfigT], text: str) -> ConfigT:
-    """The config that `to_json` wrote; an unknown, missing or mistyped field is an error."""
-    try:
-        return decode(kind, json.loads(text), kind.__name__)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{kind.__name__} is not JSON: {error}") from None
-
-
-def decode(kind: Any, value: Any, where: str) -> Any:
-    """`value`, made of JSON's types, as the annotated type `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        for name in value.keys() - hints.keys():
-            raise InputError(f"{where} has no field {name!r}{did_you_mean(name, hints)}")
-        parts = {name: decode(hints[name], part, f"{where}.{name}") for name, part in value.items()}
-        try:
-            return kind(**parts)  # type: ignore[operator]
-        except TypeError as error:
-            raise InputError(f"{where}: {error}") from None
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return decode(kind, value, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise InputError(f"{where}={value!r} must be one of {', '.join(map(repr, arguments))}")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
-        if len(kinds) != len(value):
-            raise InputError(f"{where} needs {len(kinds)} values, not {len(value)}")
-        return tuple(
-            decode(k, v, f"{where}.{i}") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-        )
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise InputError(f"{where}={value!r} is a {type(value).__name__}, expected {kind}")

@@ -5,7 +5,8 @@ Sources: llama-models `sku_list.py` (shapes), the model cards (context, image si
 
 from dataclasses import replace
 
-from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling, VisionConfig, did_you_mean
+from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
+from l32jax.config_text import did_you_mean
 from l32jax.errors import InputError
 
 VISION_PATTERN = ("self", "self", "self", "cross", "self")

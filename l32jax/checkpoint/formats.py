@@ -10,7 +10,8 @@ import numpy as np
 from l32jax.checkpoint import gguf, hugging_face
 from l32jax.checkpoint.steps import is_store
 from l32jax.checkpoint.store import Reader
-from l32jax.config import LlamaConfig, decode
+from l32jax.config import LlamaConfig
+from l32jax.config_text import decode
 from l32jax.errors import InputError
 from l32jax.model.parameters import Params
 
@@ -31,7 +32,7 @@ class Weights(NamedTuple):
 
 
 def open_weights(path: Path) -> Weights:
-    """Looks at a Hugging Face folder, a GGUF file, or the folder of a run or of one of its stages."""
+    """Looks at a Hugging Face folder, a GGUF file, the folder of a run or of one of its stages."""
     if not path.exists():
         raise InputError(f"model {str(path)!r}: no such file or folder; check the path")
     if path.is_file():

@@ -12,7 +12,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from l32jax.checkpoint import steps
-from l32jax.config import TrainConfig, override, to_json
+from l32jax.config import TrainConfig
+from l32jax.config_text import override, to_json
 from l32jax.errors import InputError
 
 INTERRUPTED = 75  # EX_TEMPFAIL: launchers start the command again

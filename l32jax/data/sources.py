@@ -50,7 +50,8 @@ def open_source(name: str, tokenizer: Tokenizer, *, with_images: bool) -> Sample
     if name.endswith(".jsonl"):
         return _conversations(Path(name), tokenizer, with_images)
     raise InputError(
-        f"source {name!r} in the mixture: unknown; use {EASY_VQA} with {EASY_VQA_KINDS}, or a .jsonl"
+        f"source {name!r} in the mixture: unknown; "
+        f"use {EASY_VQA} with {EASY_VQA_KINDS}, or a .jsonl file"
     )
 
 

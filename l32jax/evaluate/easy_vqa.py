@@ -11,9 +11,8 @@ from l32jax.data.batches import place
 from l32jax.data.samples import Sample, make_row, stack
 from l32jax.data.sources import open_source, vision_shape
 from l32jax.data.tokenizer import Tokenizer
-from l32jax.model.llama import bind
+from l32jax.model.llama import batch_logits, bind
 from l32jax.model.parameters import Params
-from l32jax.train.objectives import batch_logits
 
 ROWS = 40  # pictures at a time
 

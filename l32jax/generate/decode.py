@@ -13,7 +13,7 @@ from l32jax.config import LlamaConfig
 from l32jax.generate.sampling import SamplingConfig, sample
 from l32jax.model.attention import Interval
 from l32jax.model.cache import Cache, empty_cache
-from l32jax.model.llama import Images, bind, forward
+from l32jax.model.llama import Batch, Images, bind, forward, images_seen, text_seen
 from l32jax.model.parameters import Params
 from l32jax.sharding import activation_spec
 
@@ -46,23 +46,11 @@ class Draw(NamedTuple):
         return cls(temperature, jnp.int32(config.top_k), top_p, min_p)
 
 
-def images_of(batch: dict[str, Array]) -> Images | None:
-    if "tiles" not in batch:
-        return None
-    return Images(batch["tiles"], batch["aspect"], batch["tile_index"])
-
-
-def seen_images_of(batch: dict[str, Array]) -> Interval | None:
-    if "vision_start" not in batch:
-        return None
-    return Interval(batch["vision_start"], batch["vision_stop"])
-
-
 @partial(jax.jit, static_argnames=("config", "cache_length", "greedy"))
 def prefill(
     config: LlamaConfig,
     params: Params,
-    batch: dict[str, Array],
+    batch: Batch,
     length: Int[Array, "b"],
     keys: Key[Array, "b"],
     draw: Draw,
@@ -88,9 +76,9 @@ def prefill(
         model,
         batch["tokens"],
         batch["positions"],
-        Interval(batch["start"], batch["stop"]),
-        seen_images=seen_images_of(batch),
-        images=images_of(batch),
+        text_seen(batch),
+        seen_images=images_seen(batch),
+        images=Images.of(batch),
         cache=cache,
         write_at=jnp.zeros_like(length),
     )
@@ -150,7 +138,7 @@ def bucket(length: int) -> int:
 def generate(
     config: LlamaConfig,
     params: Params,
-    batch: dict[str, Array],
+    batch: Batch,
     sampling: SamplingConfig,
     *,
     stop_ids: tuple[int, ...],

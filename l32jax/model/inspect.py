@@ -4,27 +4,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from l32jax.model.attention import Interval
 from l32jax.model.decoder import Context, CrossBlock
-from l32jax.model.llama import Images, Llama
+from l32jax.model.llama import Batch, Images, Llama, images_seen, text_seen
 from l32jax.sharding import activation_spec
 
 
-def cross_attention_weights(
-    model: Llama, batch: dict[str, Array]
-) -> Float[Array, "l b n t s"]:
+def cross_attention_weights(model: Llama, batch: Batch) -> Float[Array, "l b n t s"]:
     """How much each text token attends to each image token, by cross layer and head.
 
     Rows sum to one, or to zero where a token sees no image. Every weight is materialised: for
     looking at a few pictures.
     """
-    images = Images(batch["tiles"], batch["aspect"], batch["tile_index"])
+    images = Images.of(batch)
+    assert images is not None
     decoder = model.decoder
     x = decoder.embed(batch["tokens"], decoder.embedding.weight[...].dtype)
     context = decoder.context(
         batch["positions"],
-        Interval(batch["start"], batch["stop"]),
-        Interval(batch["vision_start"], batch["vision_stop"]),
+        text_seen(batch),
+        images_seen(batch),
         model.vision_tokens(images._replace(tiles=images.tiles.astype(x.dtype))),
     )
     found = []

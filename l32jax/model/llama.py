@@ -18,6 +18,8 @@ from l32jax.model.parameters import Params
 from l32jax.model.vision import VisionEncoder
 from l32jax.sharding import activation_spec
 
+Batch = dict[str, Array]
+
 
 class Images(NamedTuple):
     """The images of a batch; empty slots have aspect (0, 0) and zero tiles.
@@ -29,6 +31,11 @@ class Images(NamedTuple):
     tiles: Float[Array, "b i c 3 y x"]
     aspect: Int[Array, "b i 2"]
     tile_index: Int[Array, "b m"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Images | None":
+        """Those of a batch (its layout: `data.samples.FIELDS`)."""
+        return cls(*(batch[name] for name in cls._fields)) if "tiles" in batch else None
 
 
 class Llama(nnx.Module):
@@ -125,6 +132,33 @@ def forward(
         vision = model.vision_tokens(images._replace(tiles=images.tiles.astype(dtype)))
     context = decoder.context(positions, text, seen_images, vision, write_at)
     return Output(*decoder(decoder.embed(tokens, dtype), context, cache, saved=saved))
+
+
+def text_seen(batch: Batch) -> Interval:
+    return Interval(batch["start"], batch["stop"])
+
+
+def images_seen(batch: Batch) -> Interval | None:
+    if "vision_start" not in batch:
+        return None
+    return Interval(batch["vision_start"], batch["vision_stop"])
+
+
+def batch_logits(
+    model: Llama, batch: Batch, *, dtype: Any = None, saved: Saved = "everything"
+) -> Float[Array, "b t v"]:
+    """Float32 scores of the next token at every place of packed rows."""
+    states, _ = forward(
+        model,
+        batch["tokens"],
+        batch["positions"],
+        text_seen(batch),
+        seen_images=images_seen(batch),
+        images=Images.of(batch),
+        dtype=dtype,
+        saved=saved,
+    )
+    return model.decoder.logits(states)
 
 
 def _over_rows(arrays: Any) -> Any:

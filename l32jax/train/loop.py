@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from l32jax.checkpoint.store import SaveError, Store
-from l32jax.config import StageConfig, TrainConfig, to_json
+from l32jax.config import StageConfig, TrainConfig
+from l32jax.config_text import to_json
 from l32jax.data.batches import Batches, place
 from l32jax.data.sources import open_batches
 from l32jax.data.tokenizer import Tokenizer

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from l32jax.model.attention import Interval
 from l32jax.model.decoder import Saved
-from l32jax.model.llama import Images, Llama, forward
+from l32jax.model.llama import Batch, Llama, batch_logits
 
-Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
@@ -18,27 +16,6 @@ def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> 
     """Negative log-likelihood; selects by comparison, so the vocabulary may be sharded."""
     is_target = targets[..., None] == jnp.arange(logits.shape[-1])
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits * is_target, axis=-1)
-
-
-def batch_logits(
-    model: Llama, batch: Batch, *, dtype: Any = jnp.float32, saved: Saved = "everything"
-) -> Float[Array, "b t v"]:
-    """Scores of the next token at every place of packed rows (layout: `data.samples.FIELDS`)."""
-    images = seen = None
-    if "tiles" in batch:
-        images = Images(batch["tiles"], batch["aspect"], batch["tile_index"])
-        seen = Interval(batch["vision_start"], batch["vision_stop"])
-    output = forward(
-        model,
-        batch["tokens"],
-        batch["positions"],
-        Interval(batch["start"], batch["stop"]),
-        seen_images=seen,
-        images=images,
-        dtype=dtype,
-        saved=saved,
-    )
-    return model.decoder.logits(output.states)
 
 
 def next_token(

@@ -16,7 +16,8 @@ from l32jax.__main__ import VERBS, main
 from l32jax.cli.ask import Sampling
 from l32jax.cli.models import size
 from l32jax.cli.terminal import tell
-from l32jax.config import TrainConfig, from_json
+from l32jax.config import TrainConfig
+from l32jax.config_text import from_json
 from l32jax.data.chat import Message
 from l32jax.generate.sampling import SamplingConfig
 from l32jax.presets import PRESETS

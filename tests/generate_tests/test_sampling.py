@@ -41,7 +41,9 @@ def oracle(row, top_k, top_p, min_p) -> set[int]:
 
 # Distinct scores, so that the sets are unique; ties have their own test.
 ROWS = st.lists(
-    st.lists(st.integers(-300, 300), min_size=VOCAB, max_size=VOCAB, unique=True), min_size=3, max_size=3
+    st.lists(st.integers(-300, 300), min_size=VOCAB, max_size=VOCAB, unique=True),
+    min_size=3,
+    max_size=3,
 ).map(lambda rows: np.array(rows) / 50)
 
 
@@ -74,7 +76,9 @@ def test_ties_with_the_last_token_kept_stay():
 
 
 def test_every_rule_leaves_the_likeliest_token():
-    assert kept([[0.0, 5.0, 1.0]], top_k=1, top_p=1e-6, min_p=1.0).tolist() == [[False, True, False]]
+    assert kept([[0.0, 5.0, 1.0]], top_k=1, top_p=1e-6, min_p=1.0).tolist() == [
+        [False, True, False]
+    ]
 
 
 def draw(scores, seeds, *, temperature=1.0, top_k=0) -> np.ndarray:
@@ -107,7 +111,9 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-60])
 def test_tiny_temperatures_are_greedy(temperature):
-    assert draw([[1.0, 90.0, 89.0]] * 50, np.arange(50), temperature=temperature).tolist() == [1] * 50
+    assert (
+        draw([[1.0, 90.0, 89.0]] * 50, np.arange(50), temperature=temperature).tolist() == [1] * 50
+    )
 
 
 def test_truncated_tokens_are_never_drawn():

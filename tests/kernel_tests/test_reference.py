@@ -13,7 +13,13 @@ from l32jax.sharding import single_device_mesh
 SCALE = 0.3
 # Each shape is a compilation; intervals and values are free: (b, t, s, k, n / k, h).
 SHAPES = st.sampled_from(
-    [(1, 1, 1, 1, 1, 2), (1, 5, 7, 1, 3, 4), (2, 4, 4, 2, 2, 6), (3, 1, 9, 2, 1, 8), (1, 6, 3, 3, 1, 2)]
+    [
+        (1, 1, 1, 1, 1, 2),
+        (1, 5, 7, 1, 3, 4),
+        (2, 4, 4, 2, 2, 6),
+        (3, 1, 9, 2, 1, 8),
+        (1, 6, 3, 3, 1, 2),
+    ]
 )
 
 

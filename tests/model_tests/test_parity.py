@@ -102,8 +102,9 @@ def test_each_deviation_has_its_own_switch(switch, params, data):
 
 
 def test_text_model_equals_metas():
-    data, params = golden.arrays("llama_tiny_meta"), golden.load_meta(
-        "llama_tiny_meta", golden.TEXT
+    data, params = (
+        golden.arrays("llama_tiny_meta"),
+        golden.load_meta("llama_tiny_meta", golden.TEXT),
     )
     close(golden.logits(golden.TEXT, params, data["x"]), data["logits_meta_f8"])
 
@@ -111,8 +112,9 @@ def test_text_model_equals_metas():
 @pytest.mark.parametrize("factor", [8, 32])
 def test_far_positions_need_the_configured_rope_factor(factor):
     """Positions 0 to 19 and 100,000 to 100,019: a wrong factor shows only there."""
-    data, params = golden.arrays("llama_tiny_meta"), golden.load_meta(
-        "llama_tiny_meta", golden.TEXT
+    data, params = (
+        golden.arrays("llama_tiny_meta"),
+        golden.load_meta("llama_tiny_meta", golden.TEXT),
     )
     scaling = RopeScaling(factor=float(factor))
     decoder = dataclasses.replace(golden.TEXT.decoder, rope_scaling=scaling)

@@ -4,7 +4,7 @@ import pytest
 from l32jax.config import RopeScaling
 from l32jax.model.rope import frequencies
 
-# Index of the pair: radians per position (llama-models' formula in float64; rounding exponents costs 1e-6).
+# Index of the pair: radians per position (llama-models' formula in float64).
 PUBLISHED = {
     (64, 32): {14: 3.211445995e-3, 15: 1.290547928e-3, 16: 4.295567966e-4, 31: 9.418306725e-8},
     (128, 32): {29: 2.118406997e-3, 31: 7.625412034e-4, 35: 2.389053088e-5, 63: 7.672314972e-8},

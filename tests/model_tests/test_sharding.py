@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec
 from l32jax.config import MeshConfig
 from l32jax.data.batches import place
 from l32jax.errors import InputError
-from l32jax.model.llama import bind, init_params
+from l32jax.model.llama import batch_logits, bind, init_params
 from l32jax.model.parameters import flatten
 from l32jax.sharding import make_mesh, single_device_mesh
-from l32jax.train.objectives import batch_logits, cross_entropy
+from l32jax.train.objectives import cross_entropy
 from tests.checkpoint_tests.weights import random_params
 from tests.train_tests.small import MODEL, rows
 
@@ -106,7 +106,10 @@ def test_parameters_are_born_where_the_tables_say(name):
 
 def test_a_free_axis_takes_what_the_others_leave():
     assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {
-        "data": 1, "fsdp": 4, "context": 1, "tensor": 2
+        "data": 1,
+        "fsdp": 4,
+        "context": 1,
+        "tensor": 2,
     }
     assert make_mesh(MeshConfig(data=-1, fsdp=1)).shape["data"] == 8
     assert set(single_device_mesh().shape.values()) == {1}

@@ -11,11 +11,10 @@ from l32jax.data.batches import place
 from l32jax.data.samples import Document, Sample, VisionShape, make_row, stack
 from l32jax.errors import InputError
 from l32jax.model.graft import graft
-from l32jax.model.llama import bind, init_params
+from l32jax.model.llama import batch_logits, bind, init_params
 from l32jax.model.parameters import flatten, part_of
 from l32jax.presets import TINY_TEXT, TINY_VISION, VISION_PATTERN, with_vision
 from l32jax.sharding import single_device_mesh
-from l32jax.train.objectives import batch_logits
 from tests import golden
 from tests.checkpoint_tests.weights import assert_same, random_params
 
@@ -90,7 +89,9 @@ def text_batch(seed: int = 0):
 def with_images(batch, config):
     """The same rows, each beside two pictures; all tokens of all rows but the first see one."""
     seeing = [
-        row([sample([config.decoder.vocab_size] * 2, [picture(r), picture(9 + r, 100, 50)])], config)
+        row(
+            [sample([config.decoder.vocab_size] * 2, [picture(r), picture(9 + r, 100, 50)])], config
+        )
         for r in range(len(batch["tokens"]))
     ]
     vision = stack(seeing)
@@ -169,9 +170,7 @@ def test_an_image_changes_only_what_comes_after_it_in_its_row(params):
 
 def test_each_document_of_a_row_has_images_of_its_own(params):
     """Of two packed documents, the second one's picture and words are nothing to the first."""
-    samples = [
-        sample([IMAGE_ID, *words(seed, 6)], [picture(seed, 50, 100)]) for seed in range(2)
-    ]
+    samples = [sample([IMAGE_ID, *words(seed, 6)], [picture(seed, 50, 100)]) for seed in range(2)]
     batch = batch_of(samples)
     second = [False] * 7 + [True] * 7 + [False] * (LENGTH - 14)
     first = [True] * 7 + [False] * (LENGTH - 7)

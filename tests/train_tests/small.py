@@ -17,9 +17,7 @@ MODEL = LlamaConfig(
 assert MODEL.vision is not None
 IMAGE_ID = MODEL.decoder.vocab_size
 LENGTH = 16
-VISION = VisionShape(
-    encoder=MODEL.vision, image_id=IMAGE_ID, max_images=1, slots=4, max_tiles=4
-)
+VISION = VisionShape(encoder=MODEL.vision, image_id=IMAGE_ID, max_images=1, slots=4, max_tiles=4)
 
 
 def rows(count: int, *, images: bool) -> Batch:

@@ -20,9 +20,7 @@ PEAK, FINAL = 1e-3, 1e-5
 
 def rates(num_steps: int, warmup: int, schedule: str) -> list[float]:
     """One after the last step included."""
-    config = OptimizerConfig(
-        peak_lr=PEAK, final_lr=FINAL, warmup_steps=warmup, schedule=schedule
-    )
+    config = OptimizerConfig(peak_lr=PEAK, final_lr=FINAL, warmup_steps=warmup, schedule=schedule)
     return [learning_rate(config, num_steps, step) for step in range(num_steps + 1)]
 
 

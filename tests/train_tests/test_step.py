@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from l32jax.data.batches import place
-from l32jax.model.llama import bind
+from l32jax.model.llama import batch_logits, bind
 from l32jax.model.parameters import flatten, trains
 from l32jax.sharding import single_device_mesh
-from l32jax.train.objectives import batch_logits, next_token
+from l32jax.train.objectives import next_token
 from l32jax.train.step import init_state, make_train_step
 from tests.train_tests.small import MODEL, rows, stage
 

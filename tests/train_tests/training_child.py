@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l32jax.config import TrainConfig, from_json
+from l32jax.config import TrainConfig
+from l32jax.config_text import from_json
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import flatten
 from l32jax.sharding import single_device_mesh
