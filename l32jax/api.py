@@ -15,7 +15,7 @@ from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig
 from l32jax.config_text import did_you_mean
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
-from l32jax.generate.model import Model
+from l32jax.generate.model import Model, require_matching
 from l32jax.model.llama import abstract_params, init_params
 from l32jax.model.parameters import on_mesh
 from l32jax.presets import PRESETS
@@ -50,7 +50,7 @@ def load(
     if str(source) in PRESETS:
         config = replace(PRESETS[str(source)], compat=compat)
         found = found or _bytes_tokenizer(config)
-        _require_matching(found, config, str(tokenizer))
+        require_matching(found, config, str(tokenizer))
         with jax.set_mesh(mesh):
             params = jax.jit(partial(init_params, config, dtype=dtype))(jax.random.key(seed))
         return Model(config, params, found, mesh)
@@ -64,7 +64,7 @@ def load(
         found = Tokenizer.from_bytes(weights.tokenizer, path)
     if found is None and _has_tokenizer(path):
         found = Tokenizer.from_file(path)
-    _require_matching(found, config, str(tokenizer or path))
+    require_matching(found, config, str(tokenizer or path))
     with jax.set_mesh(mesh):
         targets = on_mesh(abstract_params(config, weights.dtype or dtype), mesh)
         params = weights.read(config, targets)
@@ -92,7 +92,7 @@ def _beginning(config: TrainConfig, mesh: Mesh) -> Model:
     if config.start_from is None:
         tokenizer = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
         tokenizer = tokenizer or _bytes_tokenizer(config.model)
-        _require_matching(tokenizer, config.model, str(config.tokenizer))
+        require_matching(tokenizer, config.model, str(config.tokenizer))
         return Model(config.model, None, tokenizer, mesh)
     model = load(
         config.start_from,
@@ -122,11 +122,3 @@ def _bytes_tokenizer(config: LlamaConfig) -> Tokenizer | None:
     """For tiny models, the tokenizer that needs no file."""
     tokenizer = Tokenizer.bytes_only()
     return tokenizer if tokenizer.num_tokens == config.decoder.vocab_size else None
-
-
-def _require_matching(tokenizer: Tokenizer | None, config: LlamaConfig, where: str) -> None:
-    if tokenizer is not None and tokenizer.num_tokens != config.decoder.vocab_size:
-        raise InputError(
-            f"tokenizer in {where}: {tokenizer.num_tokens} tokens, and the model has "
-            f"{config.decoder.vocab_size}; give the model's own"
-        )

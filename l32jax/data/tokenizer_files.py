@@ -94,9 +94,6 @@ def _read(file: Path) -> bytes:
         ) from error
 
 
-# Meta's tokenizer.model
-
-
 def _read_ranks(data: bytes) -> list[bytes]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
@@ -129,9 +126,6 @@ def _check_ranks(ranks: dict[bytes, int]) -> None:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(f"it has no token for the byte 0x{missing[0]:02x}")
-
-
-# Hugging Face's tokenizer.json and its neighbours
 
 
 def _from_json(content: dict[str, Any], config: dict[str, Any], template: str | None) -> Vocabulary:
@@ -249,9 +243,6 @@ def _default_template(template: Any) -> str | None:
         ]
         template = named[0] if named else None
     return template if isinstance(template, str) else None
-
-
-# GGUF
 
 
 def _from_gguf(header: dict[str, Any]) -> Vocabulary:

@@ -37,7 +37,7 @@ class Model:
     def __init__(
         self, config: LlamaConfig, params: Params, tokenizer: Tokenizer | None, mesh: Mesh
     ):
-        _require_matching(tokenizer, config, "the call")
+        require_matching(tokenizer, config, "the call")
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
 
     def logits(self, tokens: Any, images: Sequence[Any] = ()) -> Float[np.ndarray, "*b t v"]:
@@ -181,7 +181,7 @@ class Model:
             if any(not 0 <= token < highest for token in tokens):
                 raise InputError(f"token ids: they must lie between 0 and {highest - 1}")
 
-    def _tokenizer(self) -> Tokenizer:
+    def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError(
                 "tokenizer of the model: none stands beside its weights; give one with tokenizer="
@@ -194,6 +194,14 @@ class Model:
     def _text(self, tokens: list[int]) -> str:
         stops = self._stop_ids()
         return self.require_tokenizer().decode([token for token in tokens if token not in stops])
+
+
+def require_matching(tokenizer: Tokenizer | None, config: LlamaConfig, where: str) -> None:
+    if tokenizer is not None and tokenizer.num_tokens != config.decoder.vocab_size:
+        raise InputError(
+            f"tokenizer in {where}: {tokenizer.num_tokens} tokens, and the model has "
+            f"{config.decoder.vocab_size}; give the model's own"
+        )
 
 
 def _encode_chat(

@@ -1,4 +1,4 @@
-"""What images must not change: text beside them, before them, and all of it while gates are zero."""
+"""What images must not change: text beside and before them, and all of it behind closed gates."""
 
 import dataclasses
 from functools import partial
@@ -140,8 +140,10 @@ def test_a_graft_takes_the_trunk_from_the_text_model_and_the_rest_from_the_fresh
     for layer in range(TINY_TEXT.decoder.num_groups):
         group, nth = divmod(layer, 4)
         assert_same(
-            jax.tree.map(lambda a: a[group], whole["decoder"]["groups"]["blocks"][slots[nth]]),
-            jax.tree.map(lambda a: a[layer], text["groups"]["blocks"][0]),
+            jax.tree.map(
+                lambda a, at=group: a[at], whole["decoder"]["groups"]["blocks"][slots[nth]]
+            ),
+            jax.tree.map(lambda a, at=layer: a[at], text["groups"]["blocks"][0]),
         )
 
 
