@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l32jax.api import Model, load
+from l32jax.api import load
 from l32jax.data.batches import place
 from l32jax.data.samples import VisionShape, make_prompt_batch
 from l32jax.generate import decode as generation
+from l32jax.generate.model import Model
 from l32jax.generate.sampling import SamplingConfig
 from l32jax.model.attention import Interval
 from l32jax.model.cache import empty_cache
@@ -247,7 +248,7 @@ def test_cached_keys_carry_their_norm(params):
 @pytest.mark.parametrize("size", [40, 100])
 def test_cache_and_prompt_buckets_do_not_change_results(size, model, together, monkeypatch):
     monkeypatch.setattr("l32jax.generate.decode.bucket", lambda length: size)
-    monkeypatch.setattr("l32jax.api.bucket", lambda length: size - 24)
+    monkeypatch.setattr("l32jax.generate.model.bucket", lambda length: size - 24)
     assert model.generate_tokens(PROMPTS, max_new_tokens=8) == together
 
 
