@@ -10,6 +10,12 @@ Behaviour = Literal["meta", "hf"]
 Part = Literal["language_model", "vision_tower", "adapter"]
 
 
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)} must be at least 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Llama 3.1's frequency-dependent interpolation of rotary embeddings."""
@@ -43,6 +49,8 @@ class DecoderConfig:
     max_context: int = 131_072
 
     def __post_init__(self):
+        _require_positive(self, "vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
+        _require_positive(self, "mlp_dim", "num_groups", "max_context")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads="
@@ -79,6 +87,10 @@ class VisionConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        _require_positive(self, "image_size", "patch_size", "embed_dim", "num_heads", "mlp_dim")
+        _require_positive(self, "num_local_layers", "num_global_layers", "max_tiles")
+        if not self.taps:
+            raise InputError("taps=() must name a local layer at least")
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"

@@ -43,9 +43,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _override_item(items: tuple, rest: str, text: str, where: str) -> tuple:
     index, _, rest = rest.partition(".")
-    if not index.isdigit() or int(index) >= len(items) or not rest:
+    if not index.isdecimal() or int(index) >= len(items) or not rest:
         raise InputError(f"{where} needs an index below {len(items)} and a field, not {index!r}")
     position = int(index)
+    if not dataclasses.is_dataclass(items[position]):
+        raise InputError(f"{where}.{index} has no fields, so not {rest!r}; give all of {where}")
     new = override(items[position], f"{rest}={text}")
     return (*items[:position], new, *items[position + 1 :])
 

@@ -48,7 +48,11 @@ LLAMA3_1_70B = LlamaConfig(
 
 def with_vision(trunk: LlamaConfig, vision: VisionConfig) -> LlamaConfig:
     """The trunk with one cross-attention block grafted before every fourth self-attention one."""
-    groups = trunk.decoder.num_groups // VISION_PATTERN.count("self")
+    groups, rest = divmod(trunk.decoder.num_groups, VISION_PATTERN.count("self"))
+    if rest:
+        raise InputError(
+            f"trunk of {trunk.decoder.num_groups} layers: groups of four cannot hold them all"
+        )
     decoder = replace(trunk.decoder, num_groups=groups, group_pattern=VISION_PATTERN)
     return LlamaConfig(decoder=decoder, vision=vision)
 

@@ -82,13 +82,9 @@ def test_the_trunk_of_a_vision_model_has_the_layers_of_the_text_model():
     assert same == TINY_TEXT.decoder
 
 
-@pytest.mark.xfail(reason="with_vision drops the last two layers of 30", raises=AssertionError)
-def test_a_trunk_that_groups_cannot_divide_is_refused_or_kept_whole():
-    try:
-        vision = with_vision(SMOLLM2_135M, VisionConfig(image_size=28))
-    except InputError:
-        return
-    assert vision.decoder.count("self") == SMOLLM2_135M.decoder.num_groups
+def test_a_trunk_that_groups_cannot_divide_is_refused():
+    with pytest.raises(InputError, match="trunk of 30 layers"):
+        with_vision(SMOLLM2_135M, VisionConfig(image_size=28))
 
 
 def test_an_unknown_preset_is_named_beside_the_closest():
