@@ -17,7 +17,7 @@ def config() -> TrainConfig:
         mixture=(("easy-vqa/train", 1.0),), batch_size=16, length=256, max_images=1, max_tiles=1
     )
     better = DataConfig(
-        mixture=(("easy-vqa/train", 0.5), ("easy-vqa/train/open", 0.5)),
+        mixture=(("easy-vqa/train", 0.5), ("easy-vqa/train/captions", 0.5)),
         batch_size=16,
         length=256,
         max_images=1,

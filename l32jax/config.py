@@ -163,7 +163,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW behind a warm-up to `peak_lr` and a decay to `final_lr`; gradients clipped by norm."""
+    """AdamW behind a warm-up to `peak_lr` and a decay to `final_lr`; gradients clipped by norm.
+
+    gate_rate: what a gate's step is multiplied by. A gate is one number: at the rate of the
+      matrices behind it, which have thousands to move, it stays nearly shut in a short run.
+    """
 
     peak_lr: float
     final_lr: float = 0.0
@@ -174,6 +178,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     clip_norm: float = 1.0
+    gate_rate: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

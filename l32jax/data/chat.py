@@ -88,6 +88,16 @@ def encode_for_training(
     return tokens, weights
 
 
+def encode_caption(
+    tokenizer: Tokenizer, text: str, images: Sequence[Any] = ()
+) -> tuple[list[int], list[float]]:
+    """Images and the text that goes with them, as in pretraining; weights as for a dialog."""
+    begin = [tokenizer.special("<|begin_of_text|>")]
+    begin += [token for image in images for token in _encode_part(tokenizer, Image(image))]
+    caption = [*tokenizer.encode(text), tokenizer.special("<|end_of_text|>")]
+    return begin + caption, [0.0] * len(begin) + [1.0] * len(caption)
+
+
 # Llama 3
 
 

@@ -1,8 +1,8 @@
 """Sources by name: what a stage's mixture is made of.
 
 easy-vqa/train            every question about each picture, each a short chat
-easy-vqa/train/open       only those that are not answered by yes or no
-easy-vqa/train/described  for text-only stages: the picture in words before each question
+easy-vqa/train/captions   what each picture shows, in two words, as far as its questions tell
+easy-vqa/train/reasoned   the same pictures' questions, those two words before each answer
 easy-vqa/test             the untouched split
 PATH.jsonl                a conversation a line: {"messages": [{"role": …, "content": …}, …]}; the
                           content is text, or a list of text and {"image": path beside the file}
@@ -11,7 +11,7 @@ PATH.jsonl                a conversation a line: {"messages": [{"role": …, "co
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ import numpy as np
 
 from l32jax.config import DataConfig, LlamaConfig
 from l32jax.data.batches import Batches, Mixture, make_batches
-from l32jax.data.chat import Image, Message, encode_for_training
-from l32jax.data.easy_vqa import EasyVqa, Scene, description, is_open
+from l32jax.data.chat import Image, Message, encode_caption, encode_for_training
+from l32jax.data.easy_vqa import EasyVqa, Scene, balanced, description
+from l32jax.data.images import load_image
 from l32jax.data.samples import Batch, Document, Sample, VisionShape, make_row, mirror
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 
 EASY_VQA = "easy-vqa/"
-EASY_VQA_KINDS = "train, train/open, train/described and test"
+EASY_VQA_KINDS = ("train", "train/captions", "train/reasoned", "test")
+# Of words that only the picture tells, as targets of a model that does not see it.
+GUESS_WEIGHT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ def open_source(name: str, tokenizer: Tokenizer, *, with_images: bool) -> Sample
         return _conversations(Path(name), tokenizer, with_images)
     raise InputError(
         f"source {name!r} in the mixture: unknown; "
-        f"use {EASY_VQA} with {EASY_VQA_KINDS}, or a .jsonl file"
+        f"use {EASY_VQA}{', '.join(EASY_VQA_KINDS)}, or a .jsonl file"
     )
 
 
@@ -117,27 +120,41 @@ def fitting(sample: Sample, length: int, rng: np.random.Generator) -> Sample:
 
 
 def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
-    split, _, kind = name.removeprefix(EASY_VQA).partition("/")
-    if split not in ("train", "test") or kind not in ("", "open", "described"):
-        raise InputError(f"source {name!r} in the mixture: easy-VQA has {EASY_VQA_KINDS}")
-    if kind == "described" and with_images:
-        raise InputError(f"source {name!r} in the mixture: it has no images; set max_images to 0")
-    scenes = list(EasyVqa(split))
-    if kind == "open":
-        scenes = [s._replace(questions=tuple(filter(is_open, s.questions))) for s in scenes]
-        scenes = [scene for scene in scenes if scene.questions]
-    if kind == "described":
+    if (kind := name.removeprefix(EASY_VQA)) not in EASY_VQA_KINDS:
+        raise InputError(
+            f"source {name!r} in the mixture: easy-VQA has {', '.join(EASY_VQA_KINDS)}"
+        )
+    split, _, kind = kind.partition("/")
+    scenes = list(EasyVqa("train" if split == "train" else "test"))
+    if kind:
         scenes = [scene for scene in scenes if description(scene)]
     images = (0,) if with_images else ()
+    decoded = functools.cache(load_image)  # a few thousand bytes each
 
     @functools.cache  # of some hundred different questions with their answers
-    def document(text: str, answer: str) -> Document:
-        return Document(*encode_for_training(tokenizer, question(text, answer, images)), images)
+    def asked(text: str, shown: str, answer: str) -> Document:
+        reply = question(text, shown + answer, images)
+        tokens, weights = encode_for_training(tokenizer, reply)
+        if not with_images:
+            begin = weights.index(1.0)
+            guessed = slice(begin, begin + len(tokenizer.encode(shown.rstrip())))
+            weights[guessed] = [GUESS_WEIGHT] * len(weights[guessed])
+        return Document(tokens, weights, images)
+
+    @functools.cache
+    def captioned(text: str) -> Document:
+        return Document(*encode_caption(tokenizer, text, images), images)
+
+    def documents(scene: Scene) -> Iterator[Document]:
+        shown = description(scene)
+        if kind == "captions":
+            yield captioned(shown)
+            return
+        for text, answer in balanced(scene) if kind else scene.questions:
+            yield asked(text, f"{shown}. " if kind == "reasoned" else "", answer)
 
     def to_sample(scene: Scene) -> Sample:
-        before = f"{description(scene)}. " if kind == "described" else ""
-        documents = tuple(document(before + q.text, q.answer) for q in scene.questions)
-        return Sample(documents, (scene.image,) if with_images else ())
+        return Sample(tuple(documents(scene)), (decoded(scene.image),) if with_images else ())
 
     return Samples(scenes, to_sample)
 

@@ -42,7 +42,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             mask=_decays,
         ),
+        optax.masked(optax.scale(config.gate_rate), _is_gate),
     )
+
+
+def _is_gate(params: Params) -> Params:
+    return jax.tree.map_with_path(lambda path, _: path_name(path).endswith("gate"), params)
 
 
 def _decays(params: Params) -> Params:

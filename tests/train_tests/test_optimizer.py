@@ -68,6 +68,24 @@ def test_weight_decay_spares_norms_biases_gates_and_places():
         assert any(path.endswith(kind) for path in spared)
 
 
+def test_gates_alone_move_at_their_own_rate():
+    with jax.set_mesh(single_device_mesh()):
+        shapes = abstract_params(MODEL)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+
+    def updates(gate_rate):
+        config = OptimizerConfig(peak_lr=1.0, gate_rate=gate_rate)
+        optimizer = make_optimizer(config)
+        return flatten(optimizer.update(params, optimizer.init(params), params)[0])
+
+    plain, faster = updates(1.0), updates(30.0)
+    for path, update in faster.items():
+        times = 30 if path.endswith("gate") else 1
+        np.testing.assert_allclose(update, times * plain[path], rtol=1e-6, err_msg=path)
+    names = {path.split("/")[-1] for path in plain}
+    assert {"attention_gate", "mlp_gate", "gate"} <= names
+
+
 def test_updates_do_not_depend_on_the_size_of_large_gradients():
     """They are clipped by the norm of all of them together."""
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0, clip_norm=1.0, weight_decay=0.0))
