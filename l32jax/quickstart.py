@@ -30,7 +30,7 @@ from l32jax.config import (
 from l32jax.data import easy_vqa
 from l32jax.data.images import load_image
 from l32jax.data.tokenizer import Tokenizer
-from l32jax.evaluate.easy_vqa import accuracy
+from l32jax.evaluate.easy_vqa import accuracy, accuracy_without_pictures, ask
 from l32jax.sharding import make_mesh
 from l32jax.train.loop import stage_directory, train
 
@@ -135,7 +135,7 @@ def run(directory: str | Path) -> float:
     mesh = make_mesh(config.mesh)
     train(config, tokenizer, None, mesh)
     model = load(directory, mesh=mesh)
-    hidden, seeing = accuracy(model, blind=True), accuracy(model)
+    hidden, seeing = accuracy_without_pictures(model), accuracy(model)
     exported = _export(model, directory / "hugging_face")
     drawn = _draw(model, directory / "answers.png")
     console.print(_table(hidden, seeing))
@@ -192,11 +192,8 @@ def _draw(model: Model, path: Path) -> Path:
     pictures = easy_vqa.EasyVqa("test")
     scenes = [pictures[index] for index in range(0, len(pictures), 84)]
     asked = [scene.questions[index % len(scene.questions)] for index, scene in enumerate(scenes)]
-    answers = model.generate(
-        [question.text for question in asked],
-        images=[[scene.image] for scene in scenes],
-        max_new_tokens=8,
-    )
+    pairs = zip(asked, scenes, strict=True)
+    answers = ask(model, [(question.text, scene.image) for question, scene in pairs])
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, scene, question, answer in zip(
         figure.subplots(3, 4).flat, scenes, asked, answers, strict=True

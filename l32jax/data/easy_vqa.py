@@ -65,7 +65,7 @@ def _words_that_hold(question: Question) -> set[str]:
 
 
 def balanced(scene: Scene) -> list[Question]:
-    """Its questions, but of those for yes or no at most two that miss the picture for one that hits.
+    """Its questions, but of those for yes or no at most two misses for each that hits the picture.
 
     Seven of eight colors asked about are not the picture's: as they are, it pays to answer without
     comparing.

@@ -1,36 +1,45 @@
 """How many questions of easy-VQA a model answers right."""
 
-import numpy as np
+from collections.abc import Sequence
+
 from rich.progress import track
 
-from l32jax.data.easy_vqa import EasyVqa, final_answer
-from l32jax.data.images import load_image
+from l32jax.data.easy_vqa import EasyVqa, final_answer, questions
+from l32jax.data.images import ImageSource, load_image
 from l32jax.generate.model import Model
 
 ROWS = 128  # questions at a time
 REPLY = 8  # tokens at most: "brown rectangle. yes" and the end
 
 
-def accuracy(model: Model, *, blind: bool = False) -> float:
-    """Share of the 9,673 test questions whose greedy reply comes down to the true answer.
-
-    blind: ask without the pictures.
-    """
-    asked = [
-        (question, [] if blind else [image])
-        for scene in EasyVqa("test")
-        for image in [load_image(scene.image)]
-        for question in scene.questions
-    ]
-    right = []
-    for first in track(range(0, len(asked), ROWS), "asking blind" if blind else "asking"):
-        part = asked[first : first + ROWS]
+def ask(model: Model, asked: Sequence[tuple[str, ImageSource | None]]) -> list[str]:
+    """The greedy reply to each question about its picture, or about none."""
+    replies: list[str] = []
+    for first in track(range(0, len(asked), ROWS), "asking"):
+        part = list(asked[first : first + ROWS])
         filled = part + part[-1:] * (ROWS - len(part))  # one shape, one compilation
-        replies = model.generate(
-            [question.text for question, _ in filled],
-            images=[images for _, images in filled],
+        replies += model.generate(
+            [text for text, _ in filled],
+            images=[[] if image is None else [image] for _, image in filled],
             max_new_tokens=REPLY,
-        )
-        told = map(final_answer, replies)
-        right += [a == question.answer for a, (question, _) in zip(told, part, strict=False)]
-    return float(np.mean(right))
+        )[: len(part)]
+    return replies
+
+
+def accuracy(model: Model) -> float:
+    """Share of the 9,673 test questions whose reply comes down to the true answer."""
+    asked, truths = [], []
+    for scene in EasyVqa("test"):
+        image = load_image(scene.image)
+        asked += [(question.text, image) for question in scene.questions]
+        truths += [question.answer for question in scene.questions]
+    told = map(final_answer, ask(model, asked))
+    return sum(map(str.__eq__, told, truths)) / len(truths)
+
+
+def accuracy_without_pictures(model: Model) -> float:
+    """The same when nothing is shown: a question then has one reply, whatever it was about."""
+    test = questions("test")
+    texts = sorted({question.text for question in test})
+    told = dict(zip(texts, ask(model, [(text, None) for text in texts]), strict=True))
+    return sum(final_answer(told[text]) == answer for text, answer in test) / len(test)
