@@ -34,7 +34,7 @@ GUESS_WEIGHT = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Samples(Sequence[Sample]):
-    """Records of any kind, as samples; made anew at each look, for images stay encoded."""
+    """Records of any kind, as samples, which are made when looked at."""
 
     records: Sequence[Any]
     to_sample: Callable[[Any], Sample]
@@ -129,7 +129,6 @@ def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
     if kind:
         scenes = [scene for scene in scenes if description(scene)]
     images = (0,) if with_images else ()
-    decoded = functools.cache(load_image)  # a few thousand bytes each
 
     @functools.cache  # of some hundred different questions with their answers
     def asked(text: str, shown: str, answer: str) -> Document:
@@ -141,20 +140,17 @@ def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
             weights[guessed] = [GUESS_WEIGHT] * len(weights[guessed])
         return Document(tokens, weights, images)
 
-    @functools.cache
-    def captioned(text: str) -> Document:
-        return Document(*encode_caption(tokenizer, text, images), images)
-
     def documents(scene: Scene) -> Iterator[Document]:
-        shown = description(scene)
+        shown = description(scene) or ""  # where it is told, every scene has one
         if kind == "captions":
-            yield captioned(shown)
+            yield Document(*encode_caption(tokenizer, shown, images), images)
             return
         for text, answer in balanced(scene) if kind else scene.questions:
             yield asked(text, f"{shown}. " if kind == "reasoned" else "", answer)
 
+    @functools.cache  # scenes come round every epoch; a picture is a few thousand bytes
     def to_sample(scene: Scene) -> Sample:
-        return Sample(tuple(documents(scene)), (decoded(scene.image),) if with_images else ())
+        return Sample(tuple(documents(scene)), (load_image(scene.image),) if with_images else ())
 
     return Samples(scenes, to_sample)
 

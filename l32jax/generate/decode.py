@@ -13,7 +13,7 @@ from l32jax.config import LlamaConfig
 from l32jax.generate.sampling import SamplingConfig, sample
 from l32jax.model.attention import Interval
 from l32jax.model.cache import Cache, empty_cache
-from l32jax.model.llama import Batch, Images, bind, forward, images_seen, text_seen
+from l32jax.model.llama import Batch, bind, forward, forward_batch
 from l32jax.model.parameters import Params
 from l32jax.sharding import activation_spec
 
@@ -72,16 +72,7 @@ def prefill(
         vision_length=vision_length,
         dtype=dtype,
     )
-    states, cache = forward(
-        model,
-        batch["tokens"],
-        batch["positions"],
-        text_seen(batch),
-        seen_images=images_seen(batch),
-        images=Images.of(batch),
-        cache=cache,
-        write_at=jnp.zeros_like(length),
-    )
+    states, cache = forward_batch(model, batch, cache=cache, write_at=jnp.zeros_like(length))
     assert cache is not None
     last = jnp.take_along_axis(states, (length - 1)[:, None, None], axis=1)
     token, keys = _choose(model.decoder.logits(last)[:, 0], keys, draw, greedy)

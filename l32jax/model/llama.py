@@ -148,17 +148,20 @@ def batch_logits(
     model: Llama, batch: Batch, *, dtype: Any = None, saved: Saved = "everything"
 ) -> Float[Array, "b t v"]:
     """Float32 scores of the next token at every place of packed rows."""
-    states, _ = forward(
+    return model.decoder.logits(forward_batch(model, batch, dtype=dtype, saved=saved).states)
+
+
+def forward_batch(model: Llama, batch: Batch, **options: Any) -> Output:
+    """`forward` over whole rows with their images; `options` are its further arguments."""
+    return forward(
         model,
         batch["tokens"],
         batch["positions"],
         text_seen(batch),
         seen_images=images_seen(batch),
         images=Images.of(batch),
-        dtype=dtype,
-        saved=saved,
+        **options,
     )
-    return model.decoder.logits(states)
 
 
 def _over_rows(arrays: Any) -> Any:

@@ -1,6 +1,8 @@
 """The optimizer of a stage, from its config (optax)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import optax
@@ -40,15 +42,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             b2=config.beta2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=_decays,
+            mask=_ending("/weight"),
         ),
-        optax.masked(optax.scale(config.gate_rate), _is_gate),
+        optax.masked(optax.scale(config.gate_rate), _ending("gate")),
     )
 
 
-def _is_gate(params: Params) -> Params:
-    return jax.tree.map_with_path(lambda path, _: path_name(path).endswith("gate"), params)
-
-
-def _decays(params: Params) -> Params:
-    return jax.tree.map_with_path(lambda path, _: path_name(path).endswith("/weight"), params)
+def _ending(suffix: str) -> Callable[[Params], Params]:
+    """The mask of the parameters whose names end like this."""
+    return partial(jax.tree.map_with_path, lambda path, _: path_name(path).endswith(suffix))
