@@ -36,6 +36,7 @@ VERBS = {
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every file of a checkpoint by its digest."),
 }
+COMPUTING = {"quickstart", "generate", "chat", "train"}
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 
@@ -45,8 +46,8 @@ def command() -> int:
     On CPU every step's buffers come fresh from malloc, which can only be told so from outside: they
     then cost some hundred page faults instead of tens of thousands.
     """
-    quick = len(sys.argv) == 1 or not {"-h", "--help"}.isdisjoint(sys.argv)
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not quick:
+    computes = not COMPUTING.isdisjoint(sys.argv) and {"-h", "--help"}.isdisjoint(sys.argv)
+    if computes and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return main()

@@ -1,6 +1,7 @@
 """Every knob, as frozen dataclasses: what is not here cannot be changed from outside."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from l32jax.errors import InputError
@@ -233,3 +234,34 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. The command line has these fields as options.
+
+    Attributes:
+      max_new_tokens: where an answer ends at the latest.
+      temperature: 0 takes the likeliest token; 1 draws as the model would.
+      top_k: draw from that many likeliest tokens; 0 for all.
+      top_p: draw from the likeliest tokens that have this probability together.
+      min_p: draw from tokens at least this fraction as likely as the likeliest.
+      seed: of the draws; the same seed gives the same answer.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        _require_positive(self, "max_new_tokens")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0:
+            raise InputError(
+                f"temperature={self.temperature} and top_k={self.top_k} must be finite and not "
+                "negative"
+            )
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise InputError(f"top_p={self.top_p} and min_p={self.min_p} must lie between 0 and 1")

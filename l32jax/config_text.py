@@ -6,7 +6,7 @@ import json
 import types
 import typing
 from ast import literal_eval
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 from l32jax.errors import InputError
@@ -72,6 +72,25 @@ def from_json(kind: type[ConfigT], text: str) -> ConfigT:
         return decode(kind, json.loads(text), kind.__name__)
     except json.JSONDecodeError as error:
         raise InputError(f"{kind.__name__} is not JSON: {error}") from None
+
+
+def changed_fields(before: str, now: Any) -> list[str]:
+    """Where a config is not what the JSON of an earlier one says: "seed=1 (was 0)", and so on."""
+    old, new = (dict(_leaves(json.loads(text))) for text in (before, to_json(now)))
+    return [
+        f"{path}={new.get(path)} (was {old.get(path)})"
+        for path in {**new, **old}
+        if old.get(path) != new.get(path)
+    ]
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    parts = enumerate(tree) if isinstance(tree, list) else tree.items()
+    for name, part in parts:
+        if part and isinstance(part, (list, dict)):
+            yield from _leaves(part, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", part
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:

@@ -117,7 +117,7 @@ def stages() -> tuple[StageConfig, ...]:
     )
 
 
-def run(directory: str | Path) -> float:
+def run(directory: str | Path, *, seed: int = 0) -> float:
     """Trains, evaluates, exports and draws; returns the accuracy on the test split.
 
     A run that was stopped goes on where it was. Everything it makes is below `directory`.
@@ -129,6 +129,7 @@ def run(directory: str | Path) -> float:
         model=model_config(tokenizer.num_tokens),
         stages=stages(),
         directory=str(directory),
+        seed=seed,
         log_every=25,
         mesh=MeshConfig(),
     )

@@ -20,7 +20,7 @@ from l32jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from l32jax.config_text import from_json, override, to_json
+from l32jax.config_text import changed_fields, from_json, override, to_json
 from l32jax.errors import InputError
 from l32jax.presets import PRESETS, TINY_TEXT, TINY_VISION
 
@@ -124,6 +124,19 @@ def test_a_wrong_override_says_what_is_wrong(assignment, message):
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         override(RUN, assignment)
     assert "\n" not in str(caught.value)
+
+
+def test_changed_fields_are_those_of_an_override():
+    before = to_json(RUN)
+    assert changed_fields(before, RUN) == []
+    changed = override(override(RUN, "stages.0.num_steps=77"), "start_from=here")
+    was = RUN.stages[0].num_steps
+    assert sorted(changed_fields(before, changed)) == [
+        f"stages.0.num_steps=77 (was {was})",
+        f"start_from=here (was {RUN.start_from})",
+    ]
+    shorter = changed_fields(before, dataclasses.replace(RUN, stages=RUN.stages[:1]))
+    assert shorter and all(field.startswith("stages.1.") for field in shorter)
 
 
 @pytest.mark.parametrize("config", [RUN, *PRESETS.values()])

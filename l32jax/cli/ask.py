@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction, arg
 
+from l32jax.config import SamplingConfig
 from l32jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,30 +42,9 @@ class Source:
         return api.load(self.model, dtype=self.dtype, compat=self.compat, tokenizer=self.tokenizer)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen: SamplingConfig, as options.
-
-    Attributes:
-      max_new_tokens: where an answer ends at the latest.
-      temperature: 0 takes the likeliest token; 1 draws as the model would.
-      top_k: draw from that many likeliest tokens; 0 for all.
-      top_p: draw from the likeliest tokens that have this probability together.
-      min_p: draw from tokens at least this fraction as likely as the likeliest.
-      seed: of the draws; the same seed gives the same answer.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-
 def generate(
     model: Source,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     *,
     prompt: Annotated[str, arg(metavar="TEXT")],
     images: Files = (),
@@ -90,7 +70,7 @@ def generate(
     return 0
 
 
-def chat(model: Source, sampling: Sampling) -> int:
+def chat(model: Source, sampling: SamplingConfig) -> int:
     """Talks with a model, turn by turn.
 
     A line is a message. /image FILE puts a picture before the next message, /reset begins a new

@@ -47,21 +47,22 @@ def train(config: File, overrides: Overrides = (), /) -> int:
     return _interruptible(run)
 
 
-def quickstart(*, directory: Path = Path("runs/quickstart")) -> int:
+def quickstart(*, directory: Path = Path("runs/quickstart"), seed: int = 0) -> int:
     """Trains a tiny vision model here and now, and asks it.
 
     Examples:
       l32jax quickstart
-      l32jax quickstart --directory runs/another
+      l32jax quickstart --directory runs/another --seed 1
 
     Args:
       directory: where the run is kept; started again, it goes on from there.
+      seed: of the first parameters and the order of the data.
     """
 
     def run() -> None:
         from l32jax import quickstart
 
-        quickstart.run(directory)
+        quickstart.run(directory, seed=seed)
 
     return _interruptible(run)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from l32jax.config import Behaviour, VisionConfig
+from l32jax.config import Behaviour, LlamaConfig, VisionConfig
 from l32jax.data.images import Grid, ImageSource, load_image, mirrored_at_random, preprocess
 from l32jax.errors import InputError
 
@@ -112,6 +112,21 @@ class VisionShape:
                 f"max_tiles={self.max_tiles} must lie between 1 and the encoder's "
                 f"{self.encoder.max_tiles}"
             )
+
+    @classmethod
+    def of(cls, model: LlamaConfig, *, max_images: int, max_tiles: int) -> "VisionShape":
+        """Room for that many images of a row, all with as many tiles as they may have."""
+        if model.vision is None:
+            raise InputError(
+                f"max_images={max_images} in the data: the model is text-only; set it to 0"
+            )
+        return cls(
+            encoder=model.vision,
+            image_id=model.decoder.vocab_size,
+            max_images=max_images,
+            slots=max_images * max_tiles,
+            max_tiles=max_tiles,
+        )
 
 
 def make_row(samples: Sequence[Sample], *, length: int, vision: VisionShape | None = None) -> Batch:

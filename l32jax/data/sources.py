@@ -58,23 +58,6 @@ def open_source(name: str, tokenizer: Tokenizer, *, with_images: bool) -> Sample
     )
 
 
-def vision_shape(data: DataConfig, model: LlamaConfig) -> VisionShape | None:
-    """The vision side of a row of `data`; None for text only."""
-    if not data.max_images:
-        return None
-    if model.vision is None:
-        raise InputError(
-            f"max_images={data.max_images} in the data: the model is text-only; set it to 0"
-        )
-    return VisionShape(
-        encoder=model.vision,
-        image_id=model.decoder.vocab_size,
-        max_images=data.max_images,
-        slots=data.max_images * data.max_tiles,
-        max_tiles=data.max_tiles,
-    )
-
-
 def open_batches(
     data: DataConfig,
     model: LlamaConfig,
@@ -85,7 +68,9 @@ def open_batches(
     process_count: int,
 ) -> Batches:
     """The endless shuffled batches of a training stage."""
-    vision = vision_shape(data, model)
+    vision = None
+    if data.max_images:
+        vision = VisionShape.of(model, max_images=data.max_images, max_tiles=data.max_tiles)
 
     def row(sample: Sample, rng: np.random.Generator) -> Batch:
         if data.mirror_images:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from l32jax.config import LlamaConfig
-from l32jax.generate.sampling import SamplingConfig, sample
+from l32jax.config import LlamaConfig, SamplingConfig
+from l32jax.generate.sampling import sample
 from l32jax.model.attention import Interval
 from l32jax.model.cache import Cache, empty_cache
 from l32jax.model.llama import Batch, bind, forward, forward_batch

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from l32jax.config import LlamaConfig
+from l32jax.config import LlamaConfig, SamplingConfig
 from l32jax.data.batches import place
 from l32jax.data.chat import Image, Message, encode_dialog
 from l32jax.data.images import ImageSource
@@ -17,7 +17,6 @@ from l32jax.data.samples import Batch, VisionShape, make_prompt_batch
 from l32jax.data.tokenizer import StreamDecoder, Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.decode import bucket, generate
-from l32jax.generate.sampling import SamplingConfig
 from l32jax.model.inspect import cross_attention_weights
 from l32jax.model.llama import batch_logits, bind
 from l32jax.model.parameters import Params
@@ -153,15 +152,9 @@ class Model:
         most_images = max(len(images) for _, images in prompts)
         vision = None
         if most_images:
-            encoder = self.config.vision
-            assert encoder is not None
-            vision = VisionShape(
-                encoder=encoder,
-                image_id=self.config.decoder.vocab_size,
-                max_images=most_images,
-                slots=most_images * encoder.max_tiles,
-                max_tiles=encoder.max_tiles,
-            )
+            assert self.config.vision is not None
+            max_tiles = self.config.vision.max_tiles
+            vision = VisionShape.of(self.config, max_images=most_images, max_tiles=max_tiles)
         length = bucket(longest) if bucketed else longest
         batch = make_prompt_batch(prompts, length=length, vision=vision)
         if vision is not None and self.config.compat.row_mask == "meta":

@@ -1,39 +1,8 @@
 """Choosing the next token from scores."""
 
-import math
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
-
-from l32jax.errors import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep every token.
-
-    min_p keeps the tokens at least that fraction as likely as the likeliest one.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not 0 <= self.temperature < math.inf or self.top_k < 0:
-            raise InputError(
-                f"temperature={self.temperature} and top_k={self.top_k} must be finite and not "
-                "negative"
-            )
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise InputError(f"top_p={self.top_p} and min_p={self.min_p} must lie between 0 and 1")
 
 
 def truncate(

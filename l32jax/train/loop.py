@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from l32jax.checkpoint.store import SaveError, Store
 from l32jax.config import StageConfig, TrainConfig
-from l32jax.config_text import to_json
+from l32jax.config_text import changed_fields, to_json
 from l32jax.data.batches import Batches, place
 from l32jax.data.sources import open_batches
 from l32jax.data.tokenizer import Tokenizer
@@ -108,6 +108,13 @@ def _init_or_restore(
     init = partial(init_state, config.model, stage, seed)
     if store.steps():
         restored = store.restore(on_mesh(jax.eval_shape(init), mesh))
+        if changed := changed_fields(restored.config_json, config):
+            logger.warning(
+                "stage %r goes on from step %d with another config: %s",
+                stage.name,
+                restored.step,
+                ", ".join(changed),
+            )
         batches.set_state(restored.iterator_states[jax.process_index()])
         return restored.state
     if params is None:

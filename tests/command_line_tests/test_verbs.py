@@ -1,6 +1,5 @@
 """The verbs do what they say."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,13 +12,11 @@ import pytest
 import l32jax
 from l32jax import api
 from l32jax.__main__ import VERBS, main
-from l32jax.cli.ask import Sampling
 from l32jax.cli.models import size
 from l32jax.cli.terminal import tell
 from l32jax.config import TrainConfig
 from l32jax.config_text import from_json
 from l32jax.data.chat import Message
-from l32jax.generate.sampling import SamplingConfig
 from l32jax.presets import PRESETS
 from l32jax.train.loop import Interrupted
 
@@ -99,10 +96,6 @@ def test_the_table_of_models_is_whole_on_a_narrow_terminal(capsys, monkeypatch):
 
 
 # Asking
-
-
-def test_the_options_of_sampling_are_its_config():
-    assert dataclasses.asdict(Sampling()) == dataclasses.asdict(SamplingConfig())
 
 
 def test_an_answer_is_reproducible_and_depends_on_the_seed(capsys):

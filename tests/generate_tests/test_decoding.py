@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from l32jax.api import load
+from l32jax.config import SamplingConfig
 from l32jax.data.batches import place
 from l32jax.data.samples import VisionShape, make_prompt_batch
 from l32jax.generate import decode as generation
 from l32jax.generate.model import Model
-from l32jax.generate.sampling import SamplingConfig
 from l32jax.model.attention import Interval
 from l32jax.model.cache import empty_cache
 from l32jax.model.llama import Images, bind, forward
@@ -57,9 +57,7 @@ def model(params):
 
 
 def prompt_batch(prompts, length: int):
-    vision = VisionShape(
-        encoder=golden.VISION.vision, image_id=IMAGE_ID, max_images=2, slots=8, max_tiles=4
-    )
+    vision = VisionShape.of(golden.VISION, max_images=2, max_tiles=4)
     batch = make_prompt_batch(prompts, length=length, vision=vision)
     return place(batch, single_device_mesh())
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from l32jax.config import SamplingConfig
 from l32jax.errors import InputError
-from l32jax.generate.sampling import SamplingConfig, sample, truncate
+from l32jax.generate.sampling import sample, truncate
 
 VOCAB = 12
 truncated = jax.jit(truncate)

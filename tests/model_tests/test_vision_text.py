@@ -45,13 +45,7 @@ def words(seed: int, length: int) -> list[int]:
 
 
 def row(samples, config=golden.VISION):
-    shape = VisionShape(
-        encoder=config.vision,
-        image_id=config.decoder.vocab_size,
-        max_images=2,
-        slots=8,
-        max_tiles=4,
-    )
+    shape = VisionShape.of(config, max_images=2, max_tiles=4)
     return make_row(samples, length=LENGTH, vision=shape)
 
 

@@ -14,10 +14,9 @@ MODEL = LlamaConfig(
     decoder=dataclasses.replace(TINY_VISION.decoder, num_groups=2, group_pattern=("self", "cross")),
     vision=dataclasses.replace(TINY_VISION.vision, num_local_layers=2, taps=(1,)),
 )
-assert MODEL.vision is not None
 IMAGE_ID = MODEL.decoder.vocab_size
 LENGTH = 16
-VISION = VisionShape(encoder=MODEL.vision, image_id=IMAGE_ID, max_images=1, slots=4, max_tiles=4)
+VISION = VisionShape.of(MODEL, max_images=1, max_tiles=4)
 
 
 def rows(count: int, *, images: bool) -> Batch:

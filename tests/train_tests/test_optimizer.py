@@ -48,6 +48,23 @@ def test_a_stage_that_is_all_warm_up_never_reaches_the_peak():
     assert found == sorted(found) and found[-1] < PEAK
 
 
+def first_update(config: OptimizerConfig, grads, params):
+    """Jitted: step by step, every operation would be compiled for every shape."""
+    optimizer = make_optimizer(config)
+
+    @jax.jit
+    def update(grads, params):
+        return optimizer.update(grads, optimizer.init(params), params)
+
+    return update(grads, params)
+
+
+def ones():
+    with jax.set_mesh(single_device_mesh()):
+        shapes = abstract_params(MODEL)
+    return jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+
+
 def decayed(path: str) -> bool:
     """Matrices and tables of tokens; not what scales, shifts, opens, or tells a place."""
     return path.split("/")[-1] == "weight"
@@ -55,12 +72,8 @@ def decayed(path: str) -> bool:
 
 def test_weight_decay_spares_norms_biases_gates_and_places():
     config = OptimizerConfig(peak_lr=1.0, weight_decay=0.5)
-    with jax.set_mesh(single_device_mesh()):
-        shapes = abstract_params(MODEL)
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
-    optimizer = make_optimizer(config)
-    without = jax.tree.map(np.zeros_like, params)
-    updates, _ = optimizer.update(without, optimizer.init(params), params)
+    params = ones()
+    updates, _ = first_update(config, jax.tree.map(np.zeros_like, params), params)
     for path, update in flatten(updates).items():
         np.testing.assert_allclose(update, -0.5 if decayed(path) else 0, err_msg=path)
     spared = {path for path in flatten(params) if not decayed(path)}
@@ -69,14 +82,11 @@ def test_weight_decay_spares_norms_biases_gates_and_places():
 
 
 def test_gates_alone_move_at_their_own_rate():
-    with jax.set_mesh(single_device_mesh()):
-        shapes = abstract_params(MODEL)
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    params = ones()
 
     def updates(gate_rate):
         config = OptimizerConfig(peak_lr=1.0, gate_rate=gate_rate)
-        optimizer = make_optimizer(config)
-        return flatten(optimizer.update(params, optimizer.init(params), params)[0])
+        return flatten(first_update(config, params, params)[0])
 
     plain, faster = updates(1.0), updates(30.0)
     for path, update in faster.items():
@@ -88,13 +98,13 @@ def test_gates_alone_move_at_their_own_rate():
 
 def test_updates_do_not_depend_on_the_size_of_large_gradients():
     """They are clipped by the norm of all of them together."""
-    optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0, clip_norm=1.0, weight_decay=0.0))
+    config = OptimizerConfig(peak_lr=1.0, clip_norm=1.0, weight_decay=0.0)
     params = {"a": {"weight": np.ones(3, np.float32)}, "b": {"scale": np.ones(2, np.float32)}}
     direction = {"a": {"weight": np.array([3, -4, 0])}, "b": {"scale": np.array([0, 12])}}
 
     def moments(size):
         grads = jax.tree.map(lambda g: np.float32(size * g), direction)
-        return optimizer.update(grads, optimizer.init(params), params)[1]
+        return first_update(config, grads, params)[1]
 
     once, more = moments(1.0), moments(1000.0)
     for one, other in zip(jax.tree.leaves(once), jax.tree.leaves(more), strict=True):

@@ -262,6 +262,15 @@ def test_a_finished_run_is_left_as_it_is(trainer, config_in, whole_folder, whole
     assert read(tmp_path / "log").leaves == whole.leaves
 
 
+def test_going_on_with_another_config_is_told(trainer, whole_folder, config_in, tmp_path):
+    shutil.copytree(whole_folder / "run", tmp_path / "run")
+    config = dataclasses.replace(config_in(tmp_path / "run"), seed=7)
+    trainer.run(config, tmp_path / "log")
+    told = trainer.errors.read_text()
+    assert f"stage 'look' goes on from step {NUM_STEPS} with another config: " in told
+    assert "seed=7 (was 0)" in told
+
+
 def test_a_signal_at_any_moment_of_a_step_finds_the_step_saved(config_in, tmp_path, monkeypatch):
     """It may come after the loop has decided not to save, and before it looks whether to stop."""
     answers = iter([False, True, True])
