@@ -1,7 +1,6 @@
 """Every knob, as frozen dataclasses: what is not here cannot be changed from outside."""
 
 import dataclasses
-import math
 from typing import Literal
 
 from l32jax.errors import InputError
@@ -240,6 +239,9 @@ class TrainConfig:
 class SamplingConfig:
     """How the next token is chosen. The command line has these fields as options.
 
+    `generate.sampling.require_valid` looks at the values: the library that reads options would wrap
+    an error of this constructor in lines of its own.
+
     Attributes:
       max_new_tokens: where an answer ends at the latest.
       temperature: 0 takes the likeliest token; 1 draws as the model would.
@@ -255,13 +257,3 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-
-    def __post_init__(self):
-        _require_positive(self, "max_new_tokens")
-        if not 0 <= self.temperature < math.inf or self.top_k < 0:
-            raise InputError(
-                f"temperature={self.temperature} and top_k={self.top_k} must be finite and not "
-                "negative"
-            )
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise InputError(f"top_p={self.top_p} and min_p={self.min_p} must lie between 0 and 1")

@@ -2,7 +2,8 @@
 
 easy-vqa/train            every question about each picture, each a short chat
 easy-vqa/train/captions   what each picture shows, in two words, as far as its questions tell
-easy-vqa/train/reasoned   the same pictures' questions, those two words before each answer
+easy-vqa/train/reasoned   the same pictures' questions, those two words and whether they fit the
+                          question before each answer: "red circle, not blue. no"
 easy-vqa/test             the untouched split
 PATH.jsonl                a conversation a line: {"messages": [{"role": …, "content": …}, …]}; the
                           content is text, or a list of text and {"image": path beside the file}
@@ -20,7 +21,7 @@ import numpy as np
 from l32jax.config import DataConfig, LlamaConfig
 from l32jax.data.batches import Batches, Mixture, make_batches
 from l32jax.data.chat import Image, Message, encode_caption, encode_for_training
-from l32jax.data.easy_vqa import EasyVqa, Scene, balanced, description
+from l32jax.data.easy_vqa import EasyVqa, Scene, balanced, conclusion, description
 from l32jax.data.images import load_image
 from l32jax.data.samples import Batch, Document, Sample, VisionShape, make_row, mirror
 from l32jax.data.tokenizer import Tokenizer
@@ -116,12 +117,12 @@ def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
     images = (0,) if with_images else ()
 
     @functools.cache  # of some hundred different questions with their answers
-    def asked(text: str, shown: str, answer: str) -> Document:
-        reply = question(text, shown + answer, images)
+    def asked(text: str, shown: str, told: str) -> Document:
+        reply = question(text, shown + told, images)
         tokens, weights = encode_for_training(tokenizer, reply)
         if not with_images:
             begin = weights.index(1.0)
-            guessed = slice(begin, begin + len(tokenizer.encode(shown.rstrip())))
+            guessed = slice(begin, begin + len(tokenizer.encode(shown)))
             weights[guessed] = [GUESS_WEIGHT] * len(weights[guessed])
         return Document(tokens, weights, images)
 
@@ -130,8 +131,11 @@ def _easy_vqa(name: str, tokenizer: Tokenizer, with_images: bool) -> Samples:
         if kind == "captions":
             yield Document(*encode_caption(tokenizer, shown, images), images)
             return
-        for text, answer in balanced(scene) if kind else scene.questions:
-            yield asked(text, f"{shown}. " if kind == "reasoned" else "", answer)
+        for each in balanced(scene) if kind else scene.questions:
+            if kind == "reasoned":
+                yield asked(each.text, shown, conclusion(shown, each))
+            else:
+                yield asked(each.text, "", each.answer)
 
     @functools.cache  # scenes come round every epoch; a picture is a few thousand bytes
     def to_sample(scene: Scene) -> Sample:

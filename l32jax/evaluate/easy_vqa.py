@@ -9,7 +9,7 @@ from l32jax.data.images import ImageSource, load_image
 from l32jax.generate.model import Model
 
 ROWS = 128  # questions at a time
-REPLY = 8  # tokens at most: "brown rectangle. yes" and the end
+REPLY = 12  # tokens at most: "brown rectangle, not yellow. yes" and the end
 
 
 def ask(model: Model, asked: Sequence[tuple[str, ImageSource | None]]) -> list[str]:

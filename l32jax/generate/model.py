@@ -17,6 +17,7 @@ from l32jax.data.samples import Batch, VisionShape, make_prompt_batch
 from l32jax.data.tokenizer import StreamDecoder, Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.decode import bucket, generate
+from l32jax.generate.sampling import require_valid
 from l32jax.model.inspect import cross_attention_weights
 from l32jax.model.llama import batch_logits, bind
 from l32jax.model.parameters import Params
@@ -125,6 +126,7 @@ class Model:
 
     def _steps(self, prompts, sampling: dict[str, Any]) -> Iterator[np.ndarray]:
         options = SamplingConfig(**sampling)
+        require_valid(options)
         longest = max(len(tokens) for tokens, _ in prompts)
         if longest + options.max_new_tokens > self.config.decoder.max_context:
             raise InputError(

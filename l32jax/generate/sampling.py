@@ -1,8 +1,25 @@
 """Choosing the next token from scores."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+
+from l32jax.config import SamplingConfig
+from l32jax.errors import InputError
+
+
+def require_valid(config: SamplingConfig) -> None:
+    if config.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={config.max_new_tokens} must be at least 1")
+    if not 0 <= config.temperature < math.inf or config.top_k < 0:
+        raise InputError(
+            f"temperature={config.temperature} and top_k={config.top_k} must be finite and not "
+            "negative"
+        )
+    if not 0 < config.top_p <= 1 or not 0 <= config.min_p <= 1:
+        raise InputError(f"top_p={config.top_p} and min_p={config.min_p} must lie between 0 and 1")
 
 
 def truncate(

@@ -80,7 +80,7 @@ def _of_tiles(table: Float[Array, "c c *rest"], aspect: Int[Array, "b 2"]) -> Ar
     """[b c *rest]: the table's entry for each tile of a grid of `aspect`; zeros past its last."""
     tile = jnp.arange(table.shape[0])
     height, width = aspect[:, :1], jnp.maximum(aspect[:, 1:], 1)
-    used = (tile < height * width).reshape(*aspect.shape[:1], -1, *(1,) * (table.ndim - 2))
+    used = jnp.expand_dims(tile < height * width, tuple(range(2, table.ndim)))
     rows = jnp.minimum(tile // width, table.shape[0] - 1)
     entries = table.at[rows, tile % width].get(out_sharding=_replicated_like(table, aspect))
     return jnp.where(used, entries, 0)
@@ -118,12 +118,13 @@ class VisionEncoder(nnx.Module):
         All `c` tiles are computed: unused ones take part in attention, as in the reference.
         """
         num_tiles, num_tokens = tiles.shape[1], self.config.tokens_per_tile
+        rows = activation_spec("b")
         x = self._embed(tiles, aspect)
         batch, width = x.shape[0], x.shape[-1]
         # Real tokens of all tiles first, padding last: then the reference's mask (pad tokens and
         # unused tiles see the used tiles, which see everything) is one interval of keys per row.
         padding = num_tiles * (-num_tokens % TOKEN_MULTIPLE)
-        x = x.reshape(batch, num_tiles * num_tokens, width)
+        x = x.reshape(batch, num_tiles * num_tokens, width, out_sharding=rows)
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         sees = self._sees(aspect, num_tiles * num_tokens + padding)
 
@@ -132,14 +133,15 @@ class VisionEncoder(nnx.Module):
         x = _scan(self.global_blocks, x, sees)
 
         taps = jnp.stack(taps, axis=-1)  # channel c of tap j at c * num_taps + j, as in Meta
-        features = jnp.concatenate([x, taps.reshape(batch, x.shape[1], -1)], axis=-1)
+        taps = taps.reshape(batch, x.shape[1], -1, out_sharding=rows)
+        features = jnp.concatenate([x, taps], axis=-1)
         features = features[:, : num_tiles * num_tokens]
-        return features.reshape(batch, num_tiles, num_tokens, features.shape[-1])
+        return features.reshape(batch, num_tiles, num_tokens, -1, out_sharding=rows)
 
     def _embed(self, tiles, aspect):
         batch, num_tiles = tiles.shape[:2]
         x = self.patch_embedding(patchify(tiles, self.config.patch_size))
-        x = x.reshape(batch, num_tiles, -1, x.shape[-1])
+        x = x.reshape(batch, num_tiles, -1, x.shape[-1], out_sharding=activation_spec("b"))
         x = x + self.pre_tile(aspect).astype(x.dtype)
         cls = jnp.zeros_like(x[:, :, :1]) + self.class_embedding[...].astype(x.dtype)
         x = jnp.concatenate([cls, x], axis=2)

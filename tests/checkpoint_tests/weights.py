@@ -32,7 +32,8 @@ def random_params(config: LlamaConfig, mesh: Mesh | None = None, *, seed: int = 
         values = 0.08 * random.standard_normal(target.shape)
         values += 1 if name.endswith("scale") else 0.5 if name.endswith("gate") else 0
         if name.endswith(("tile_embedding", "tile/embedding")):
-            values[~IN_USE] = 0
+            side = len(values)
+            values[~IN_USE[:side, :side]] = 0
         return jax.device_put(values.astype(target.dtype), target.sharding)
 
     return jax.tree.map_with_path(fill, targets(config, mesh))

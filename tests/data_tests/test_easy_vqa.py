@@ -74,10 +74,27 @@ def test_balanced_questions_hit_as_often_as_half_their_misses():
 
 
 @pytest.mark.parametrize(
-    ("reply", "answer"), [("red circle. no", "no"), ("teal", "teal"), (" ", ""), ("", "")]
+    ("reply", "answer"), [("red circle, not teal. no", "no"), ("teal", "teal"), (" ", ""), ("", "")]
 )
 def test_the_final_answer_is_the_last_word(reply, answer):
     assert easy_vqa.final_answer(reply) == answer
+
+
+def test_a_conclusion_tells_whether_the_picture_has_what_was_asked_about():
+    assert (
+        easy_vqa.conclusion("red circle", Question("is it not blue?", "yes")) == ", not blue. yes"
+    )
+    assert easy_vqa.conclusion("red circle", Question("is it not red?", "no")) == ". no"
+    assert easy_vqa.conclusion("red circle", Question("what is the red shape?", "circle")) == (
+        ". circle"
+    )
+    for scene in EasyVqa("train"):
+        shown = easy_vqa.description(scene)
+        for question in scene.questions if shown else ():
+            told = easy_vqa.conclusion(shown, question)
+            is_negated = bool({"no", "not"}.intersection(question.text.split()))
+            misses = not easy_vqa.is_open(question) and (question.answer == "yes") == is_negated
+            assert told.startswith(", not ") == misses, (shown, question)
 
 
 def test_sources_tell_what_they_say_they_tell():
@@ -104,7 +121,7 @@ def test_what_a_blind_model_could_only_guess_weighs_little():
         source = open_source("easy-vqa/train/reasoned", tokenizer, with_images=with_images)
         document = source[0].documents[0]
         begin = document.weights.index(guess)
-        words, answer = len("blue rectangle."), len(" rectangle") + 1
+        words, answer = len("blue rectangle"), len(". rectangle") + 1
         assert list(document.weights[begin:]) == [guess] * words + [1.0] * answer
         assert not any(document.weights[:begin])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from l32jax.config import SamplingConfig
 from l32jax.errors import InputError
-from l32jax.generate.sampling import sample, truncate
+from l32jax.generate.sampling import require_valid, sample, truncate
 
 VOCAB = 12
 truncated = jax.jit(truncate)
@@ -137,4 +137,4 @@ def test_truncated_tokens_are_never_drawn():
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        SamplingConfig(**settings)
+        require_valid(SamplingConfig(**settings))

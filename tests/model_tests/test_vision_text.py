@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from l32jax.config import LlamaConfig
 from l32jax.data.batches import place
 from l32jax.data.samples import Document, Sample, VisionShape, make_row, stack
 from l32jax.errors import InputError
+from l32jax.generate.model import Model
 from l32jax.model.graft import graft
 from l32jax.model.llama import batch_logits, bind, init_params
 from l32jax.model.parameters import flatten, part_of
@@ -62,6 +64,29 @@ def sample(tokens, images=()) -> Sample:
 def params():
     """Random gates among them."""
     return golden.load_meta("mllama_tiny_meta", golden.VISION)
+
+
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_sizes_of_one_keep_their_place(max_tiles):
+    """One row, image, tile, tap, layer: a dimension of one must not be taken for another."""
+    encoder = dataclasses.replace(
+        golden.VISION.vision,
+        taps=(0,),
+        num_local_layers=1,
+        num_global_layers=1,
+        max_tiles=max_tiles,
+    )
+    decoder = dataclasses.replace(golden.VISION.decoder, num_groups=1, group_pattern=("cross",))
+    config = LlamaConfig(decoder=decoder, vision=encoder)
+    model = Model(config, random_params(config), None, single_device_mesh())
+    tokens = [IMAGE_ID, *words(1, 5)]
+    scores = model.logits(tokens, [picture(1)])
+    assert np.isfinite(scores).all()
+    ((first, *_),) = model.generate_tokens([(tokens, [picture(1)])], max_new_tokens=2)
+    assert first == scores[-1].argmax()
+    side_by_side = model.logits([tokens, tokens], [[picture(1)], [picture(2)]])
+    np.testing.assert_allclose(side_by_side[0], scores, rtol=0, atol=1e-5)
+    assert np.abs(side_by_side[1] - scores).max() > 1e-3
 
 
 @pytest.fixture(scope="module")
