@@ -91,7 +91,12 @@ def stages() -> tuple[StageConfig, ...]:
     questions = dataclasses.replace(
         pairs, mixture=(("easy-vqa/train/reasoned", 1.0),), batch_size=32, length=56
     )
-    seeing = OptimizerConfig(peak_lr=4e-3, warmup_steps=40, weight_decay=0.1, gate_rate=30.0)
+    seeing = OptimizerConfig(  # it ends at the rate where the next stage begins to anneal
+        peak_lr=4e-3, final_lr=2e-3, warmup_steps=40, weight_decay=0.1, gate_rate=30.0
+    )
+    annealing = dataclasses.replace(
+        seeing, peak_lr=2e-3, final_lr=0.0, warmup_steps=0, schedule="linear"
+    )
     return (
         StageConfig(
             name="trunk",
@@ -102,7 +107,7 @@ def stages() -> tuple[StageConfig, ...]:
         ),
         StageConfig(
             name="stage1",
-            num_steps=550,
+            num_steps=500,
             trains=("vision_tower", "adapter"),
             data=pairs,
             optimizer=seeing,
@@ -112,7 +117,7 @@ def stages() -> tuple[StageConfig, ...]:
             num_steps=160,
             trains=("vision_tower", "adapter"),
             data=questions,
-            optimizer=dataclasses.replace(seeing, peak_lr=2e-3, warmup_steps=10, schedule="linear"),
+            optimizer=annealing,
         ),
     )
 
