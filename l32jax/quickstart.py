@@ -148,6 +148,8 @@ def run(directory: str | Path, *, seed: int = 0) -> float:
     print(f"checkpoint    {stage_directory(config, len(config.stages) - 1)}")
     print(f"Hugging Face  {exported}")
     print(f"pictures      {drawn}")
+    asking = "--image FILE --prompt 'what color is the shape?'"
+    print(f"to ask it     l32jax generate --model {directory} {asking}")
     return seeing
 
 
