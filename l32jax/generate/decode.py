@@ -115,8 +115,10 @@ def _choose(scores, keys, draw, greedy):
     scores = jax.sharding.reshard(scores, activation_spec("b_"))  # whole vocabulary in one place
     if greedy:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32), keys
-    split = jax.vmap(jax.random.split)(keys)
-    return sample(scores, split[:, 0], *draw), split[:, 1]
+    # Unpacked in vmap: split[:, 0] would lose the sharding of a single row in jax 0.12.
+    keys = jax.sharding.reshard(keys, activation_spec("b"))
+    now, later = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
+    return sample(scores, now, *draw), later
 
 
 def bucket(length: int) -> int:
@@ -172,5 +174,4 @@ def generate(
 
 
 def _row_keys(seed: int, length: Int[Array, "b"]) -> Key[Array, "b"]:
-    row = jax.sharding.reshard(jnp.arange(length.shape[0]), activation_spec("b"))
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(row)
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(length)))
