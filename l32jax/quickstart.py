@@ -95,7 +95,7 @@ def stages() -> tuple[StageConfig, ...]:
         peak_lr=4e-3, final_lr=2e-3, warmup_steps=40, weight_decay=0.1, gate_rate=30.0
     )
     annealing = dataclasses.replace(
-        seeing, peak_lr=2e-3, final_lr=0.0, warmup_steps=0, schedule="linear"
+        seeing, peak_lr=seeing.final_lr, final_lr=0.0, warmup_steps=0, schedule="linear"
     )
     return (
         StageConfig(

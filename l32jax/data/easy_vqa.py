@@ -57,11 +57,15 @@ def description(scene: Scene) -> str | None:
 
 
 def _words_that_hold(question: Question) -> set[str]:
-    words = set(question.text.rstrip("?").split())
+    words = _words(question)
     if is_open(question):
         return words | {question.answer}
     is_negated = not words.isdisjoint({"no", "not"})
     return words if (question.answer == "yes") != is_negated else set()
+
+
+def _words(question: Question) -> set[str]:
+    return set(question.text.rstrip("?").split())
 
 
 def conclusion(description: str, question: Question) -> str:
@@ -71,7 +75,7 @@ def conclusion(description: str, question: Question) -> str:
     from whether the question has a "not": said in one word, that is an exclusive or of the two,
     which a small model learns late, and from some seeds never.
     """
-    asked = set(question.text.rstrip("?").split()) & {*COLORS, *SHAPES}
+    asked = _words(question) & {*COLORS, *SHAPES}
     missing = sorted(asked.difference(description.split()))
     return "".join(f", not {word}" for word in missing) + f". {question.answer}"
 
