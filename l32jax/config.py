@@ -162,6 +162,19 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How attention is computed; what it computes is the same.
+
+    impl: "auto" takes the kernel of the platform (`kernels.attention` has the list).
+    across: how devices of the mesh axis "context" get each other's keys: all at once ("gather"),
+      or passed round while they compute ("ring"), which needs no room for the whole row.
+    """
+
+    impl: Literal["auto", "reference", "tpu", "gpu", "xla", "cudnn"] = "auto"
+    across: Literal["gather", "ring"] = "gather"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW behind a warm-up to `peak_lr` and a decay to `final_lr`; gradients clipped by norm.
 
@@ -218,7 +231,9 @@ class TrainConfig:
       random ones.
     tokenizer: a file or folder; None for the tokenizer that stands beside `start_from`.
     dtype: of activations; parameters are float32.
-    saved: what the backward pass finds saved and need not compute again.
+    attention: how attention is computed.
+    saved: what the backward pass finds saved and need not compute again: everything; the results
+      of matrix products and of attention; those of attention; nothing.
     """
 
     model: LlamaConfig
@@ -229,7 +244,8 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    saved: Literal["everything", "dots", "nothing"] = "everything"
+    attention: AttentionConfig = AttentionConfig()
+    saved: Literal["everything", "dots", "attention", "nothing"] = "everything"
     save_every: int = 500
     keep: int = 2
     log_every: int = 10

@@ -3,6 +3,7 @@
   b batch row    t query position    s key position    v vocabulary
   d model width  e width of image features             f feed-forward
   n query heads  k key/value heads                     h head dimension
+  g query heads that share a key/value head
   i image        c tile              p token of a tile l stacked layer group
 
 The two tables below are the whole parallelism plan. A letter they lack is not sharded.
@@ -17,9 +18,11 @@ from jax.sharding import Mesh, PartitionSpec
 from l32jax.config import MeshConfig
 from l32jax.errors import InputError
 
+CONTEXT_AXIS = "context"
 PARAM_AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "tensor"}
 ACTIVATION_AXES = {
     "b": ("data", "fsdp"),
+    "t": CONTEXT_AXIS,
     "f": "tensor",
     "n": "tensor",
     "k": "tensor",

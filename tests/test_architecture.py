@@ -29,7 +29,7 @@ NARROW = {  # fewer than their floor would allow
     "errors": set(),
     "config": {"errors"},
     "config_text": {"errors"},
-    "data": {"errors", "config", "config_text", "sharding"},
+    "data": {"errors", "config", "config_text", "sharding", "kernels"},
     "checkpoint": {"errors", "config", "config_text", "sharding", "model"},
 }
 NNX = {

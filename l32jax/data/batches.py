@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from l32jax.data.samples import FIELDS, Batch, stack
 from l32jax.errors import InputError
-from l32jax.sharding import activation_spec
+from l32jax.kernels.context import balanced_order
+from l32jax.sharding import CONTEXT_AXIS, activation_spec
 
 # Records by index: a list, an ArrayRecord source, anything with a length.
 Source = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
@@ -113,13 +114,31 @@ class Batches(Iterator[Batch]):
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays over all processes, each process giving its own rows, as activations are sharded."""
+    """Arrays over all processes, each process giving its own rows, as activations are sharded.
+
+    Where a mesh splits positions, rows are stored in an order that gives every device as much to
+    attend to (`kernels.context.balanced_order`).
+    """
+    num_shards = mesh.shape[CONTEXT_AXIS]
 
     def put(name: str, local: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, activation_spec(FIELDS[name]))
-        return jax.make_array_from_process_local_data(sharding, local)
+        dims = FIELDS[name]
+        if num_shards > 1 and "t" in dims:
+            local = local[:, _balanced(local.shape[1], num_shards)]
+        return jax.make_array_from_process_local_data(
+            NamedSharding(mesh, activation_spec(dims)), local
+        )
 
     return {name: put(name, local) for name, local in batch.items()}
+
+
+def _balanced(length: int, num_shards: int) -> np.ndarray:
+    if length % (2 * num_shards):
+        raise InputError(
+            f"length={length} of a row: a context axis of {num_shards} needs a multiple of "
+            f"{2 * num_shards}"
+        )
+    return balanced_order(length, num_shards)
 
 
 def _damaged_state() -> InputError:

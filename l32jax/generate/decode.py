@@ -74,6 +74,7 @@ def prefill(
     )
     states, cache = forward_batch(model, batch, cache=cache, write_at=jnp.zeros_like(length))
     assert cache is not None
+    states = jax.sharding.reshard(states, activation_spec("b"))
     last = jnp.take_along_axis(states, (length - 1)[:, None, None], axis=1)
     token, keys = _choose(model.decoder.logits(last)[:, 0], keys, draw, greedy)
     # not zeros, which would be sharded otherwise than what `decode` returns, and compile it twice

@@ -1,15 +1,18 @@
 """Self-attention with rotary positions, and cross-attention to image tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from l32jax.config import DecoderConfig
-from l32jax.kernels.reference import attention
+from l32jax import kernels
+from l32jax.config import AttentionConfig, DecoderConfig
 from l32jax.model.cache import KeyValue
 from l32jax.model.layers import Projection, RMSNorm
 from l32jax.model.rope import rotate
+from l32jax.sharding import activation_spec
 
 
 class Interval(NamedTuple):
@@ -17,6 +20,56 @@ class Interval(NamedTuple):
 
     start: Int[Array, "b t"]
     stop: Int[Array, "b t"]
+
+
+class Sight(NamedTuple):
+    """Intervals as layers share them: with what the kernel needs to know of them, and its name."""
+
+    interval: Interval
+    plan: Any
+    how: AttentionConfig
+
+    @classmethod
+    def of(
+        cls,
+        interval: Interval,
+        how: AttentionConfig,
+        *,
+        queries: tuple[str, tuple[int, ...]],
+        keys: tuple[str, tuple[int, ...]],
+        dtype: Any,
+    ) -> "Sight":
+        """`queries` and `keys` are the dims (see `sharding`) and the shape of one layer's."""
+        mesh = jax.sharding.get_abstract_mesh()
+        shapes = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, activation_spec(dims)))
+            for dims, shape in (queries, keys)
+        ]
+        plan = kernels.make_plan(*interval, *shapes, impl=how.impl, across=how.across)
+        return cls(interval, plan, how)
+
+    def attend(
+        self, q: Float[Array, "b t n h"], kv: KeyValue, *, scale: float
+    ) -> Float[Array, "b t n h"]:
+        key, value = (array.transpose(0, 2, 1, 3) for array in kv)
+        return kernels.attention(
+            q,
+            key,
+            value,
+            self.interval.start,
+            self.interval.stop,
+            scale=scale,
+            impl=self.how.impl,
+            across=self.how.across,
+            plan=self.plan,
+        )
+
+    def attend_to_cache(
+        self, q: Float[Array, "b t n h"], cache: KeyValue, layer: Int[Array, ""], *, scale: float
+    ) -> Float[Array, "b t n h"]:
+        return kernels.cached_attention(
+            q, *cache, layer, *self.interval, scale=scale, impl=self.how.impl, plan=self.plan
+        )
 
 
 class Rotation(NamedTuple):
@@ -40,27 +93,24 @@ class Heads(nnx.Module):
         self.out = Projection(sizes, "nh", "d", rngs=rngs)
         self.scale = config.head_dim**-0.5
 
-    def attend(
-        self, q: Float[Array, "b t n h"], kv: KeyValue, sees: Interval
-    ) -> Float[Array, "b t d"]:
-        return self.out(attention(q, kv.key, kv.value, *sees, scale=self.scale))
-
 
 class SelfAttention(Heads):
     def __call__(
         self,
         x: Float[Array, "b t d"],
         rotation: Rotation,
-        sees: Interval,
+        sees: Sight,
         cache: KeyValue | None,
+        layer: Int[Array, ""],
         write_at: Int[Array, "b"] | None,
     ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
         """With a cache, new keys go in at slot `write_at` of each row, and `sees` counts slots."""
-        kv = KeyValue(rotate(self.key(x), *rotation), self.value(x))
-        if cache is not None:
-            assert write_at is not None
-            kv = cache = cache.write(kv, write_at)
-        return self.attend(rotate(self.query(x), *rotation), kv, sees), cache
+        kv = KeyValue.of(rotate(self.key(x), *rotation), self.value(x))
+        q = rotate(self.query(x), *rotation)
+        if cache is None:
+            return self.out(sees.attend(q, kv, scale=self.scale)), None
+        cache = cache.write(kv, layer, write_at)
+        return self.out(sees.attend_to_cache(q, cache, layer, scale=self.scale)), cache
 
 
 class CrossAttention(Heads):
@@ -73,9 +123,21 @@ class CrossAttention(Heads):
 
     def keys_and_values(self, vision: Float[Array, "b s d"]) -> KeyValue:
         """What generation computes once per image."""
-        return KeyValue(self.key_norm(self.key(vision)), self.value(vision))
+        return KeyValue.of(self.key_norm(self.key(vision)), self.value(vision))
 
     def __call__(
-        self, x: Float[Array, "b t d"], kv: KeyValue, sees: Interval
-    ) -> Float[Array, "b t d"]:
-        return self.attend(self.query_norm(self.query(x)), kv, sees)
+        self,
+        x: Float[Array, "b t d"],
+        vision: Float[Array, "b s d"] | None,
+        sees: Sight,
+        cache: KeyValue | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
+        """To image tokens, which stay in the cache; without any, to those that are there."""
+        q = self.query_norm(self.query(x))
+        if vision is None:
+            assert cache is not None, "without a cache, cross-attention needs the images themselves"
+            return self.out(sees.attend_to_cache(q, cache, layer, scale=self.scale)), cache
+        kv = self.keys_and_values(vision)
+        cache = None if cache is None else cache.write(kv, layer)
+        return self.out(sees.attend(q, kv, scale=self.scale)), cache

@@ -1,14 +1,16 @@
 """The decoder of Llama 3.2: text, with or without cross-attention to images."""
 
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from l32jax.config import Behaviour, DecoderConfig, LlamaConfig
-from l32jax.model.attention import CrossAttention, Interval, Rotation, SelfAttention
+from l32jax.config import AttentionConfig, DecoderConfig, LlamaConfig
+from l32jax.kernels import SAVED_NAMES
+from l32jax.model.attention import CrossAttention, Interval, Rotation, SelfAttention, Sight
 from l32jax.model.cache import Cache, KeyValue
 from l32jax.model.layers import RMSNorm, SwiGLU, gate_param, normal_param
 from l32jax.model.rope import cos_sin, frequencies
@@ -16,10 +18,15 @@ from l32jax.sharding import activation_spec
 
 NUM_IMAGE_EMBEDDINGS = 8  # Meta's table of extra embeddings; only row 0 is ever used
 
-# What the backward pass finds saved: everything, the results of matrix products, or nothing.
-Saved = Literal["everything", "dots", "nothing"]
+# What the backward pass finds saved (`config.TrainConfig`). Attention's outputs are small beside
+# the time it takes to compute them again in a long row.
+Saved = Literal["everything", "dots", "attention", "nothing"]
+_attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention
+    ),
+    "attention": _attention,
     "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -27,28 +34,35 @@ REMAT_POLICIES = {
 class Context(NamedTuple):
     """What every block sees beside the residual stream.
 
-    `images` is None in a text-only call, and then cross-attention blocks are the identity.
+    `images` is None in a text-only call, and then cross-attention blocks are the identity;
+    `sees_image` says which rows their MLP is for.
     `vision` is None while decoding: keys and values of the images are in the cache.
     """
 
     rotation: Rotation
-    text: Interval
-    images: Interval | None = None
-    vision: Float[Array, "b s d"] | None = None
-    write_at: Int[Array, "b"] | None = None
+    text: Sight
+    images: Sight | None
+    sees_image: Bool[Array, "b t"] | None
+    vision: Float[Array, "b s d"] | None
+    write_at: Int[Array, "b"] | None
 
 
 class SelfBlock(nnx.Module):
-    def __init__(self, config: DecoderConfig, row_mask: Behaviour, *, rngs: nnx.Rngs):
-        del row_mask
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.attention = SelfAttention(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], context: Context, cache: KeyValue | None):
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        context: Context,
+        cache: KeyValue | None,
+        layer: Int[Array, ""],
+    ):
         y, cache = self.attention(
-            self.attention_norm(x), context.rotation, context.text, cache, context.write_at
+            self.attention_norm(x), context.rotation, context.text, cache, layer, context.write_at
         )
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -57,32 +71,28 @@ class SelfBlock(nnx.Module):
 class CrossBlock(nnx.Module):
     """Adds what the images say, through gates that open from zero during training."""
 
-    def __init__(self, config: DecoderConfig, row_mask: Behaviour, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.attention = CrossAttention(config, rngs=rngs)
         self.attention_gate = gate_param()
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, rngs=rngs)
         self.mlp_gate = gate_param()
-        self.row_mask = row_mask
 
-    def __call__(self, x: Float[Array, "b t d"], context: Context, cache: KeyValue | None):
-        if context.images is None:
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        context: Context,
+        cache: KeyValue | None,
+        layer: Int[Array, ""],
+    ):
+        if context.images is None or context.sees_image is None:
             return x, cache
-        if context.vision is None:
-            kv = cache
-        else:
-            kv = self.attention.keys_and_values(context.vision)
-            cache = None if cache is None else KeyValue(*(a.astype(cache.key.dtype) for a in kv))
-        assert kv is not None, "without a cache, cross-attention needs the images themselves"
-        sees_image = context.images.stop > context.images.start
-        sees = context.images
-        if self.row_mask == "hf":  # rows without an image attend to everything instead of nothing
-            whole = kv.key.shape[1]
-            sees = Interval(sees.start * sees_image, jnp.where(sees_image, sees.stop, whole))
-        gate = jnp.tanh(self.attention_gate[...]).astype(x.dtype)
-        x = x + gate * self.attention(self.attention_norm(x), kv, sees)
-        gate = jnp.tanh(self.mlp_gate[...]).astype(x.dtype) * sees_image[..., None]
+        y, cache = self.attention(
+            self.attention_norm(x), context.vision, context.images, cache, layer
+        )
+        x = x + jnp.tanh(self.attention_gate[...]).astype(x.dtype) * y
+        gate = jnp.tanh(self.mlp_gate[...]).astype(x.dtype) * context.sees_image[..., None]
         return x + gate * self.mlp(self.mlp_norm(x)), cache
 
 
@@ -92,15 +102,20 @@ BLOCKS = {"self": SelfBlock, "cross": CrossBlock}
 class Group(nnx.Module):
     """The repeating unit of the decoder, and the body of its scan."""
 
-    def __init__(self, config: DecoderConfig, row_mask: Behaviour, *, rngs: nnx.Rngs):
-        self.blocks = nnx.List(
-            [BLOCKS[kind](config, row_mask, rngs=rngs) for kind in config.group_pattern]
-        )
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List([BLOCKS[kind](config, rngs=rngs) for kind in config.group_pattern])
 
-    def __call__(self, x: Float[Array, "b t d"], context: Context, cache: Cache | None):
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        context: Context,
+        cache: Cache | None,
+        layer: Int[Array, ""],
+    ):
+        """`layer` is the place of this group in the stack, and in the caches."""
         written = []
         for slot, block in enumerate(self.blocks):
-            x, kv = block(x, context, None if cache is None else cache[slot])
+            x, kv = block(x, context, None if cache is None else cache[slot], layer)
             written.append(kv)
         return x, None if cache is None else tuple(written)
 
@@ -115,9 +130,7 @@ class Decoder(nnx.Module):
             extra = (NUM_IMAGE_EMBEDDINGS, decoder.embed_dim)
             self.image_embedding = Table("_d", extra, scale, rngs=rngs)
         keys = jax.random.split(rngs.params(), decoder.num_groups)
-        self.groups = jax.vmap(
-            lambda key: Group(decoder, config.compat.row_mask, rngs=nnx.Rngs(key))
-        )(keys)
+        self.groups = jax.vmap(lambda key: Group(decoder, rngs=nnx.Rngs(key)))(keys)
         self.final_norm = RMSNorm(decoder.embed_dim, decoder.norm_eps)
         if not decoder.tied_embedding:
             self.head = Table("vd", table, scale, rngs=rngs)
@@ -140,14 +153,40 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b t"],
         text: Interval,
         images: Interval | None = None,
+        *,
         vision: Float[Array, "b s d"] | None = None,
+        cache: Cache | None = None,
         write_at: Int[Array, "b"] | None = None,
+        attention: AttentionConfig,
+        dtype: Any,
     ) -> Context:
+        """What does not depend on the layer is computed here, once."""
         decoder = self.config.decoder
         freqs = frequencies(
             decoder.head_dim, theta=decoder.rope_theta, scaling=decoder.rope_scaling
         )
-        return Context(Rotation(*cos_sin(positions, freqs)), text, images, vision, write_at)
+        rotation = Rotation(*cos_sin(positions, freqs))
+        batch, time = positions.shape
+        kept = {k: kv.num_keys for k, kv in zip(decoder.group_pattern, cache or (), strict=False)}
+        sight = partial(self._sight, attention, dtype)
+        seen = sight(text, batch, time, "btkh" if cache is None else "bskh", kept.get("self", time))
+        if images is None:
+            return Context(rotation, seen, None, None, vision, write_at)
+        sees_image = images.stop > images.start
+        num_keys = kept["cross"] if vision is None else vision.shape[1]
+        if self.config.compat.row_mask == "hf":  # rows without an image attend to all of them
+            stop = jnp.where(sees_image, images.stop, num_keys)
+            images = Interval(images.start * sees_image, stop)
+        attended = sight(images, batch, time, "bskh", num_keys)
+        return Context(rotation, seen, attended, sees_image, vision, write_at)
+
+    def _sight(
+        self, how: AttentionConfig, dtype, sees: Interval, batch: int, time: int, dims, num_keys
+    ) -> Sight:
+        decoder = self.config.decoder
+        queries = (batch, time, decoder.num_heads, decoder.head_dim)
+        keys = (batch, num_keys, decoder.num_kv_heads, decoder.head_dim)
+        return Sight.of(sees, how, queries=("btnh", queries), keys=(dims, keys), dtype=dtype)
 
     def __call__(
         self,
@@ -159,15 +198,17 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """From embeddings to the normalised states that `logits` reads."""
 
-        def run_group(x, group_and_cache):
-            group, group_cache = group_and_cache
-            return group(x, context, group_cache)
+        def run_group(carry, group_and_layer):
+            x, cache = carry
+            group, layer = group_and_layer
+            return group(x, context, cache, layer), None
 
         if saved != "everything":
             run_group = jax.checkpoint(run_group, policy=REMAT_POLICIES[saved])
         # Rolled while decoding too. SmolLM2-135M on 2 CPU cores: a token takes 0.10 s rolled and
         # 0.24 s unrolled in float32, 0.65 and 0.5 s in bfloat16; compiling takes 8 and 20 to 40 s.
-        x, cache = jax.lax.scan(run_group, x, (self.groups, cache))
+        layers = jnp.arange(self.config.decoder.num_groups)
+        (x, cache), _ = jax.lax.scan(run_group, (x, cache), (self.groups, layers))
         return self.final_norm(x), cache
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from l32jax.sharding import activation_spec, param_spec
@@ -66,13 +67,15 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(zeros) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        """[b t ins] -> [b t outs], accumulated in float32."""
+        """[b t ins] -> [b t outs], accumulated in float32; b and t stay as they are sharded."""
         y = jnp.einsum(
             f"bt{self.ins},{self.outs}{self.ins}->bt{self.outs}",
             x,
             self.weight[...].astype(x.dtype),
             preferred_element_type=jnp.float32,
-            out_sharding=activation_spec("bt" + self.outs),
+            out_sharding=PartitionSpec(
+                *jax.typeof(x).sharding.spec[:2], *activation_spec(self.outs)
+            ),
         )
         if self.bias is not None:
             y = y + self.bias[...]

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from l32jax.config import LlamaConfig
+from l32jax.config import AttentionConfig, LlamaConfig
 from l32jax.model.attention import Interval
 from l32jax.model.cache import Cache
 from l32jax.model.decoder import Decoder, Saved
@@ -19,6 +19,7 @@ from l32jax.model.vision import VisionEncoder
 from l32jax.sharding import activation_spec
 
 Batch = dict[str, Array]
+AUTO = AttentionConfig()
 
 
 class Images(NamedTuple):
@@ -46,18 +47,26 @@ class Llama(nnx.Module):
             sizes = {"e": config.vision.feature_dim, "d": config.decoder.embed_dim}
             self.projector = Projection(sizes, "e", "d", bias=True, rngs=rngs)
 
-    def features(self, images: Images) -> Float[Array, "b i c p e"]:
+    def features(
+        self,
+        images: Images,
+        attention: AttentionConfig = AUTO,
+    ) -> Float[Array, "b i c p e"]:
         tiles, aspect = (_merge(array, 0) for array in (images.tiles, images.aspect))
-        features = self.vision(tiles, aspect)
+        features = self.vision(tiles, aspect, attention)
         return features.reshape(*images.aspect.shape[:2], *features.shape[1:], out_sharding=_rows())
 
     def project(self, features: Float[Array, "b i c p e"]) -> Float[Array, "b i c p d"]:
         flat = _merge(_merge(features, 1), 1)
         return self.projector(flat).reshape(*features.shape[:-1], -1, out_sharding=_rows())
 
-    def vision_tokens(self, images: Images) -> Float[Array, "b s d"]:
+    def vision_tokens(
+        self,
+        images: Images,
+        attention: AttentionConfig = AUTO,
+    ) -> Float[Array, "b s d"]:
         """The projected tokens of the listed tiles, end to end."""
-        tiles = _merge(self.project(self.features(images)), 1)
+        tiles = _merge(self.project(self.features(images, attention)), 1)
         return _merge(jax.vmap(lambda row, index: row[index])(tiles, images.tile_index), 1)
 
 
@@ -110,6 +119,7 @@ def forward(
     cache: Cache | None = None,
     write_at: Int[Array, "b"] | None = None,
     saved: Saved = "everything",
+    attention: AttentionConfig = AUTO,
     dtype: Any = None,
 ) -> Output:
     """Tokens to final states, for training, prefill and decoding alike.
@@ -121,16 +131,28 @@ def forward(
       images: encoded here; None while decoding, when their keys and values are in the cache.
       write_at: the cache slot of each row's first new token.
       dtype: of activations; by default that of the parameters.
+
+    Under a mesh with a context axis, rows are in the order of `kernels.context.balanced_order`,
+    as `data.batches.place` lays them out, and so are the states.
     """
-    tokens, positions, text, seen_images, images, write_at = _over_rows(
-        (tokens, positions, text, seen_images, images, write_at)
-    )
+    tokens, positions, text, seen_images = _placed((tokens, positions, text, seen_images), "bt")
+    images, write_at = _placed((images, write_at), "b")
     decoder = model.decoder
     dtype = jnp.dtype(dtype or decoder.embedding.weight[...].dtype)
     vision = None
     if images is not None:
-        vision = model.vision_tokens(images._replace(tiles=images.tiles.astype(dtype)))
-    context = decoder.context(positions, text, seen_images, vision, write_at)
+        images = images._replace(tiles=images.tiles.astype(dtype))
+        vision = model.vision_tokens(images, attention)
+    context = decoder.context(
+        positions,
+        text,
+        seen_images,
+        vision=vision,
+        cache=cache,
+        write_at=write_at,
+        attention=attention,
+        dtype=dtype,
+    )
     return Output(*decoder(decoder.embed(tokens, dtype), context, cache, saved=saved))
 
 
@@ -144,11 +166,9 @@ def images_seen(batch: Batch) -> Interval | None:
     return Interval(batch["vision_start"], batch["vision_stop"])
 
 
-def batch_logits(
-    model: Llama, batch: Batch, *, dtype: Any = None, saved: Saved = "everything"
-) -> Float[Array, "b t v"]:
+def batch_logits(model: Llama, batch: Batch, **options: Any) -> Float[Array, "b t v"]:
     """Float32 scores of the next token at every place of packed rows."""
-    return model.decoder.logits(forward_batch(model, batch, dtype=dtype, saved=saved).states)
+    return model.decoder.logits(forward_batch(model, batch, **options).states)
 
 
 def forward_batch(model: Llama, batch: Batch, **options: Any) -> Output:
@@ -164,6 +184,7 @@ def forward_batch(model: Llama, batch: Batch, **options: Any) -> Output:
     )
 
 
-def _over_rows(arrays: Any) -> Any:
-    """Arrays of batch rows in their place on the mesh, wherever the caller had them."""
-    return jax.tree.map(lambda array: jax.sharding.reshard(array, _rows()), arrays)
+def _placed(arrays: Any, dims: str) -> Any:
+    """Arrays in their place on the mesh, wherever the caller had them."""
+    spec = activation_spec(dims)
+    return jax.tree.map(lambda array: jax.sharding.reshard(array, spec), arrays)

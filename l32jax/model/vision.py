@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from l32jax.config import LlamaConfig, VisionConfig
-from l32jax.kernels.reference import attention
-from l32jax.model.attention import Interval
+from l32jax.config import AttentionConfig, LlamaConfig, VisionConfig
+from l32jax.model.attention import Interval, Sight
+from l32jax.model.cache import KeyValue
 from l32jax.model.layers import GeluMLP, LayerNorm, Projection, gate_param, normal_param
 from l32jax.sharding import activation_spec
 
@@ -24,9 +24,9 @@ class VisionAttention(nnx.Module):
         self.out = Projection(sizes, "nh", "d", rngs=rngs)
         self.scale = head_dim**-0.5
 
-    def __call__(self, x: Float[Array, "b t d"], sees: Interval) -> Float[Array, "b t d"]:
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        return self.out(attention(q, k, v, *sees, scale=self.scale))
+    def __call__(self, x: Float[Array, "b t d"], sees: Sight) -> Float[Array, "b t d"]:
+        kv = KeyValue.of(self.key(x), self.value(x))
+        return self.out(sees.attend(self.query(x), kv, scale=self.scale))
 
 
 class VisionBlock(nnx.Module):
@@ -40,7 +40,7 @@ class VisionBlock(nnx.Module):
         self.attention_gate = gate_param() if gated else None
         self.mlp_gate = gate_param() if gated else None
 
-    def __call__(self, x: Float[Array, "b t d"], sees: Interval) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], sees: Sight) -> Float[Array, "b t d"]:
         x = x + _gated(self.attention_gate, self.attention(self.attention_norm(x), sees))
         return x + _gated(self.mlp_gate, self.mlp(self.mlp_norm(x)))
 
@@ -111,7 +111,10 @@ class VisionEncoder(nnx.Module):
         self.tap_after_block = config.compat.vision_intermediates == "hf"
 
     def __call__(
-        self, tiles: Float[Array, "b c 3 y x"], aspect: Int[Array, "b 2"]
+        self,
+        tiles: Float[Array, "b c 3 y x"],
+        aspect: Int[Array, "b 2"],
+        attention: AttentionConfig,
     ) -> Float[Array, "b c p e"]:
         """Features of every token of every tile: the final ones, then the taps, interleaved.
 
@@ -126,7 +129,7 @@ class VisionEncoder(nnx.Module):
         padding = num_tiles * (-num_tokens % TOKEN_MULTIPLE)
         x = x.reshape(batch, num_tiles * num_tokens, width, out_sharding=rows)
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-        sees = self._sees(aspect, num_tiles * num_tokens + padding)
+        sees = self._sees(aspect, num_tiles * num_tokens + padding, attention, x.dtype)
 
         x, taps = self._local(x, sees)
         x = self.post_norm(x) + self._post_tile(aspect, padding)
@@ -147,10 +150,14 @@ class VisionEncoder(nnx.Module):
         x = jnp.concatenate([cls, x], axis=2)
         return self.pre_norm(x + self.position(aspect).astype(x.dtype))
 
-    def _sees(self, aspect, length) -> Interval:
+    def _sees(self, aspect, length, attention: AttentionConfig, dtype) -> Sight:
         used = jnp.maximum(aspect[:, :1] * aspect[:, 1:], 1) * self.config.tokens_per_tile
         stop = jnp.where(jnp.arange(length) < used, length, used)
-        return Interval(jnp.zeros_like(stop), stop)
+        heads, width = self.config.num_heads, self.config.embed_dim
+        one = ("bsnh", (len(aspect), length, heads, width // heads))
+        return Sight.of(
+            Interval(jnp.zeros_like(stop), stop), attention, queries=one, keys=one, dtype=dtype
+        )
 
     def _local(self, x, sees):
         taps, begin = [], 0
@@ -186,7 +193,7 @@ def _slice(blocks: VisionBlock, begin: int, end: int | None) -> VisionBlock:
     return jax.tree.map(lambda weight: weight[begin:end], blocks)
 
 
-def _scan(blocks: VisionBlock, x: Array, sees: Interval) -> Array:
+def _scan(blocks: VisionBlock, x: Array, sees: Sight) -> Array:
     def run_block(x, block):
         return block(x, sees), None
 

@@ -76,7 +76,12 @@ def run_stage(
         first, last = int(state.step), stage.num_steps
         if first == last:
             return state
-        objective = partial(next_token, dtype=jnp.dtype(config.dtype), saved=config.saved)
+        objective = partial(
+            next_token,
+            dtype=jnp.dtype(config.dtype),
+            saved=config.saved,
+            attention=config.attention,
+        )
         step = make_train_step(config.model, stage, objective)
         with Report(config, number, first) as report, _stop_requested() as stop:
             for index in range(first, last):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from l32jax.model.decoder import Saved
 from l32jax.model.llama import Batch, Llama, batch_logits
 
 Metrics = dict[str, Array]
@@ -19,11 +18,14 @@ def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> 
 
 
 def next_token(
-    model: Llama, batch: Batch, rng: Key[Array, ""], *, dtype: Any, saved: Saved
+    model: Llama, batch: Batch, rng: Key[Array, ""], **options: Any
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Mean cross-entropy of the weighted targets, and the share of them that score highest."""
+    """Mean cross-entropy of the weighted targets, and the share of them that score highest.
+
+    `options` are those of `llama.forward`: dtype, saved, attention.
+    """
     del rng  # nothing is drawn
-    logits = batch_logits(model, batch, dtype=dtype, saved=saved)
+    logits = batch_logits(model, batch, **options)
     weights, targets = batch["weights"], batch["targets"]
     total = jnp.maximum(weights.sum(), 1e-6)
     loss = jnp.sum(cross_entropy(logits, targets) * weights) / total
