@@ -25,7 +25,7 @@ from l32jax.data.samples import vision_intervals
 from l32jax.kernels.tpu import schedule as words_of
 from l32jax.kernels.tpu.backward import backward
 from l32jax.kernels.tpu.forward import forward
-from l32jax.kernels.tpu.layout import make_plan
+from l32jax.kernels.tpu.layout import TURN, make_plan
 from l32jax.kernels.tpu.schedule import Blocks, Schedule, key_block, row_block, schedule
 
 BFLOAT16, FLOAT32 = 2, 4  # bytes
@@ -188,10 +188,14 @@ def _our_program(chip: str, dims: tuple[int, ...], blocks: Blocks, parts: int) -
 
 
 class Lists(NamedTuple):
-    """Pairs of blocks as one of our kernels visits them, [lists n]; steps of each that it takes."""
+    """Pairs of blocks as one of our kernels visits them, [lists n]; steps of each that it takes.
+
+    `free` steps are those of partly seen pairs that all rows see whole, `masked` their others.
+    """
 
     words: np.ndarray
-    steps: np.ndarray
+    free: np.ndarray
+    masked: np.ndarray
 
     @classmethod
     def of(cls, plan: Schedule, words: jax.Array, length: jax.Array, *, dense: bool) -> "Lists":
@@ -202,10 +206,17 @@ class Lists(NamedTuple):
             places = np.where(whole, places ^ (words_of.WHOLE | words_of.PARTLY), places)
         row, block = np.arange(len(places))[:, None] // plan.parts, row_block(places)
         offset = key_block(places) * plan.blocks.keys
-        begin = np.maximum(np.asarray(plan.seen.first)[row, block] - offset, 0)
-        end = np.minimum(np.asarray(plan.seen.last)[row, block] - offset, plan.blocks.keys)
-        steps = -(-end // plan.blocks.step) - begin // plan.blocks.step
-        return cls(places, np.where((places & words_of.PARTLY) > 0, steps, 0))
+
+        def steps(edge, more=0):
+            keys = np.clip(np.asarray(edge)[row, block] - offset, 0, plan.blocks.keys)
+            return (keys + more) // plan.blocks.step
+
+        up = plan.blocks.step - 1
+        some = steps(plan.seen.last, up) - steps(plan.seen.first)
+        free = steps(plan.seen.every_last) - steps(plan.seen.every_first, up)
+        free = np.zeros_like(some) if dense else np.maximum(free, 0) // TURN * TURN
+        partly = (places & words_of.PARTLY) > 0
+        return cls(places, np.where(partly, free, 0), np.where(partly, some - free, 0))
 
     def count(self, *flags: int) -> np.ndarray:
         """Pairs of each list that have all of the flags."""
@@ -217,13 +228,16 @@ class Lists(NamedTuple):
         return int((np.diff(blocks, axis=1) != 0).sum() + len(blocks))
 
 
-# When each body of `pl.when` in our kernels runs, in their order.
-FORWARD = (words_of.OPENS,), (words_of.WHOLE,), (words_of.PARTLY,), (words_of.CLOSES,)
+# When each body of `pl.when` in our kernels runs, in their order. The two of partly seen pairs are
+# loops: over the free steps, over the masked ones.
+PARTLY = (words_of.PARTLY,)
+FORWARD = (words_of.OPENS,), (words_of.WHOLE,), PARTLY, PARTLY, (words_of.CLOSES,)
 BACKWARD = (
     (words_of.OPENS,),
     (words_of.RUN_OPENS, words_of.FRESH),
     (words_of.WHOLE,),
-    (words_of.PARTLY,),
+    PARTLY,
+    PARTLY,
     (words_of.RUN_CLOSES, words_of.DONE),
     (words_of.CLOSES,),
 )
@@ -232,12 +246,15 @@ BACKWARD = (
 def our_cycles(kernel: Kernel, lists: Lists, num_heads: int, cores: int) -> float:
     conditions = {len(FORWARD): FORWARD, len(BACKWARD): BACKWARD}.get(len(kernel.phases), ())
     loops = [flags for flags, phase in zip(conditions, kernel.phases, strict=False) if phase.step]
-    if loops != [(words_of.PARTLY,)]:
+    if loops != [PARTLY, PARTLY]:
         raise ValueError(f"expected bodies for {FORWARD} or {BACKWARD}, found {kernel.phases}")
     cycles = kernel.overhead * lists.words.shape[1] + sum(
-        phase.cycles * lists.count(*flags) + (phase.step or 0) * lists.steps.sum(axis=1)
+        phase.cycles * lists.count(*flags)
         for flags, phase in zip(conditions, kernel.phases, strict=True)
     )
+    turns = lists.free.sum(axis=1) // TURN, lists.masked.sum(axis=1)
+    looping = [phase.step for phase in kernel.phases if phase.step]
+    cycles += sum(step * turn for step, turn in zip(looping, turns, strict=True))
     return float(np.repeat(cycles, num_heads).reshape(cores, -1).sum(axis=1).max())
 
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from l32jax.kernels.intervals import Hulls
 from l32jax.kernels.tpu.chips import compiler_params, cost
 from l32jax.kernels.tpu.forward import along_keys
 from l32jax.kernels.tpu.layout import (
@@ -67,11 +68,11 @@ def backward(
     sums, dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, kernel),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=1 + len(plan.seen),
             grid=(lists, kv_heads, plan.num_by_keys.max()),
             in_specs=[
-                *(specs.queries, specs.keys, specs.keys, specs.bounds, specs.bounds),
-                *(specs.queries, specs.row_values, specs.row_values),
+                *(specs.queries, specs.keys, specs.keys, specs.bounds),
+                *(specs.queries, specs.row_values),
             ],
             out_specs=[anywhere, anywhere, specs.keys, specs.keys],
             scratch_shapes=[of_keys, of_keys, *Traffic.scratch(shared, blocks.rows, head_dim)],
@@ -87,9 +88,9 @@ def backward(
         interpret=interpret,
         name="attention_backward",
     )(
-        *(plan.by_keys, plan.seen.first, plan.seen.last),
+        *(plan.by_keys, *plan.seen),
         *operands,
-        *(pad(dout, 3, blocks.rows), lse, pad(delta, 3, blocks.rows)),
+        *(pad(dout, 3, blocks.rows), jnp.stack([lse, pad(delta, 3, blocks.rows)], axis=2)),
     )
     del sums
     dq = _summed(dq, plan)[:, :, :, : q.shape[3]]
@@ -104,12 +105,12 @@ def _summed(dq: Float[Array, "bp k g t h"], plan: Schedule) -> Float[Array, "b k
 
 def _kernel(
     kernel: Kernel,
-    words, first, last,
-    q, k, v, start, stop, dout, lse, delta,
+    words, first, last, every_first, every_last,
+    q, k, v, bounds, dout, row_values,
     sums, dq_out, dk_out, dv_out,
     dk, dv, dq, *for_traffic,
 ):  # fmt: skip
-    pair = Pair.here(words, first, last, kernel)
+    pair = Pair.here(words, Hulls(first, last, every_first, every_last), kernel)
     traffic = Traffic(pair, words, sums, dq_out, dq, *for_traffic)
 
     @pl.when(pair.has(OPENS))
@@ -123,13 +124,13 @@ def _kernel(
         keys = pl.ds(index * kernel.blocks.step, kernel.blocks.step)
         queries, douts = (ref[0, 0].reshape(-1, ref.shape[-1]) for ref in (q, dout))
         scores = product(kernel, k[0, 0, keys], queries, (1, 1)) * (kernel.scale * LOG2_E)
-        weights = jnp.exp2(scores - _across(lse[0, 0]))
+        weights = jnp.exp2(scores - _across(row_values[0, 0, 0]))
         if masked:
             begin = pair.first_key + index * kernel.blocks.step
-            weights = jnp.where(_visible(start, stop, begin, scores.shape, kernel), weights, 0)
+            weights = jnp.where(_visible(bounds[0], begin, scores.shape, kernel), weights, 0)
         dv[keys] += product(kernel, weights.astype(q.dtype), douts, (1, 0))
         by_weight = product(kernel, v[0, 0, keys], douts, (1, 1))
-        by_score = (weights * (by_weight - _across(delta[0, 0]))).astype(q.dtype)
+        by_score = (weights * (by_weight - _across(row_values[0, 0, 1]))).astype(q.dtype)
         dk[keys] += product(kernel, by_score, queries, (1, 0))
         dq[slot] += product(kernel, k[0, 0, keys].T, by_score, (1, 0))
 
@@ -147,8 +148,8 @@ def _across(row_values: Array) -> Array:
     return jnp.concatenate([row_values[i : i + 1] for i in range(row_values.shape[0])], axis=1)
 
 
-def _visible(start, stop, begin, shape, kernel: Kernel) -> Array:
+def _visible(bounds, begin, shape, kernel: Kernel) -> Array:
     """Which of the keys from `begin` on each stacked row sees."""
     key = begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    start, stop = (jnp.concatenate([bound[0]] * kernel.shared, axis=1) for bound in (start, stop))
+    start, stop = (jnp.concatenate([bounds[i : i + 1]] * kernel.shared, axis=1) for i in range(2))
     return (key >= start) & (key < stop)

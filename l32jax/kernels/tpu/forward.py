@@ -14,9 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from l32jax.kernels.intervals import Hulls
 from l32jax.kernels.tpu.chips import LANES, compiler_params, cost
 from l32jax.kernels.tpu.layout import (
     LOG2_E,
+    TURN,
     Interpret,
     Kernel,
     Operands,
@@ -56,10 +58,10 @@ def forward(
     out, lse = pl.pallas_call(
         functools.partial(_kernel, kernel),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=1 + len(plan.seen),
             grid=(batch * plan.parts, kv_heads, plan.num_by_rows.max()),
-            in_specs=[specs.queries, specs.keys, specs.keys, specs.bounds, specs.bounds],
-            out_specs=[specs.queries, specs.row_values],
+            in_specs=[specs.queries, specs.keys, specs.keys, specs.bounds],
+            out_specs=[specs.queries, specs.sums],
             scratch_shapes=[
                 pltpu.VMEM((stacked, head_dim), jnp.float32),
                 *[pltpu.VMEM((stacked, LANES), jnp.float32)] * 2,
@@ -74,31 +76,38 @@ def forward(
         cost_estimate=cost(q, k, products=2),
         interpret=interpret,
         name="attention_forward",
-    )(plan.by_rows, plan.seen.first, plan.seen.last, *operands)
+    )(plan.by_rows, *plan.seen, *operands)
     return out[:, :, :, :num_queries], lse[:, :, :, :num_queries]
 
 
-def _kernel(kernel, words, first, last, q, k, v, start, stop, out, lse, mixed, top, total, *bounds):
+def _kernel(
+    kernel: Kernel,
+    words, first, last, every_first, every_last,
+    q, k, v, bounds,
+    out, lse,
+    mixed, top, total, start, stop,
+):  # fmt: skip
     """One pair of blocks. Per row: `top` its largest score so far, `total` the sum of weights.
 
     What is one number per row stands in every lane, the layout that products with keys have.
     """
-    pair = Pair.here(words, first, last, kernel)
+    pair = Pair.here(words, Hulls(first, last, every_first, every_last), kernel)
 
     @pl.when(pair.has(OPENS))
     def _():
         mixed[...] = jnp.zeros_like(mixed)
         top[...] = jnp.full_like(top, LOWEST)
         total[...] = jnp.zeros_like(total)
-        for column, row in zip(bounds, (start, stop), strict=True):
-            column[...] = jnp.broadcast_to(row[0], (LANES, row.shape[2])).T
+        for index, column in enumerate((start, stop)):
+            row = bounds[0, index : index + 1]
+            column[...] = jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
     def attend(index, masked):
         keys = pl.ds(index * kernel.blocks.step, kernel.blocks.step)
         scores = product(kernel, _stacked(q), k[0, 0, keys], (1, 1)) * (kernel.scale * LOG2_E)
         if masked:
             begin = pair.first_key + index * kernel.blocks.step
-            scores = jnp.where(_visible(bounds, begin, scores.shape, kernel), scores, HIDDEN)
+            scores = jnp.where(_visible((start, stop), begin, scores.shape, kernel), scores, HIDDEN)
         largest = jnp.maximum(top[...], scores.max(axis=1, keepdims=True))
         weights = jnp.exp2(scores - _repeated(largest, scores.shape[1]))
         fading = jnp.exp2(top[...] - largest)
@@ -123,7 +132,8 @@ def _kernel(kernel, words, first, last, q, k, v, start, stop, out, lse, mixed, t
 def along_keys(kernel: Kernel, pair: Pair, attend) -> None:
     """`attend(step, masked)` for each step of the block that some row sees.
 
-    A block that all rows see whole is unrolled: its steps overlap.
+    A block that all rows see whole is unrolled: its steps overlap. Of any other block, steps that
+    all rows see whole come first, for they need no mask.
     """
     _, keys, step = kernel.blocks
 
@@ -134,9 +144,18 @@ def along_keys(kernel: Kernel, pair: Pair, attend) -> None:
 
     @pl.when(pair.has(PARTLY))
     def _():
-        @pl.loop(pair.begin, pair.end)
+        @pl.loop(pair.whole, pair.broken, step=TURN)
         def _(index):
-            attend(index, masked=True)
+            for place in range(TURN):
+                attend(index + place, masked=False)
+
+    before, inside = pair.whole - pair.begin, pair.broken - pair.whole
+
+    @pl.when(pair.has(PARTLY))
+    def _():
+        @pl.loop(0, pair.end - pair.begin - inside)
+        def _(turn):
+            attend(pair.begin + turn + jnp.where(turn < before, 0, inside), masked=True)
 
 
 def _stacked(q) -> Array:

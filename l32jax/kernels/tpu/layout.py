@@ -8,10 +8,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from l32jax.kernels.intervals import clip
+from l32jax.kernels.intervals import Hulls, clip
 from l32jax.kernels.tpu.chips import block_sizes, num_parts
 from l32jax.kernels.tpu.schedule import Blocks, Schedule, key_block, row_block, schedule
 
+TURN = 2  # steps of a turn of the loop: one alone cannot overlap with anything
 LOG2_E = 1.4426950408889634  # the chip has 2^x and not e^x: scores are in units of log 2
 Interpret = bool | pltpu.InterpretParams
 
@@ -40,8 +41,7 @@ class Operands(NamedTuple):
     q: Float[Array, "b k g t h"]
     k: Float[Array, "b k s h"]
     v: Float[Array, "b k s h"]
-    start: Int[Array, "b 1 t"]
-    stop: Int[Array, "b 1 t"]
+    bounds: Int[Array, "b 2 t"]  # one array: each one costs cycles at every grid point
 
     @classmethod
     def padded(cls, q, k, v, start, stop, blocks: Blocks) -> "Operands":
@@ -50,8 +50,7 @@ class Operands(NamedTuple):
             pad(q, 3, blocks.rows),
             pad(k, 2, blocks.keys),
             pad(v, 2, blocks.keys),
-            pad(start, 1, blocks.rows)[:, None],
-            pad(stop, 1, blocks.rows)[:, None],
+            pad(jnp.stack([start, stop], axis=1), 2, blocks.rows),
         )
 
 
@@ -66,8 +65,9 @@ class Specs(NamedTuple):
 
     queries: pl.BlockSpec
     keys: pl.BlockSpec
-    row_values: pl.BlockSpec
     bounds: pl.BlockSpec
+    sums: pl.BlockSpec  # log-sum-exp
+    row_values: pl.BlockSpec  # two numbers per row
 
     @classmethod
     def of(cls, operands: Operands, plan: Schedule) -> "Specs":
@@ -83,8 +83,9 @@ class Specs(NamedTuple):
         return cls(
             spec((1, 1, shared, rows, head_dim), lambda b, k, word: (b, k, 0, row_block(word), 0)),
             spec((1, 1, keys, head_dim), lambda b, k, word: (b, k, key_block(word), 0)),
+            spec((1, 2, rows), lambda b, k, word: (b, 0, row_block(word))),
             spec((1, 1, shared, rows), lambda b, k, word: (b, k, 0, row_block(word))),
-            spec((1, 1, rows), lambda b, k, word: (b, 0, row_block(word))),
+            spec((1, 1, 2, shared, rows), lambda b, k, word: (b, k, 0, 0, row_block(word))),
         )
 
 
@@ -105,23 +106,34 @@ class Kernel(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Where a kernel stands: the word of its pair of blocks, and the keys that matter there."""
+    """Where a kernel stands: the word of its pair of blocks, and the steps that matter there.
+
+    Steps of keys [begin, end) hold some that some row sees; all rows see all of [whole, broken),
+    which are whole turns.
+    """
 
     word: Any
     first_key: Any  # of the block, in the row
-    begin: Any  # steps [begin, end) of the block hold keys that some row sees
+    begin: Any
+    whole: Any
+    broken: Any
     end: Any
 
     @classmethod
-    def here(cls, words, first, last, kernel: Kernel) -> "Pair":
+    def here(cls, words, seen: Hulls, kernel: Kernel) -> "Pair":
         which, at = pl.program_id(0), pl.program_id(2)
         word = words[which, at]
         row, block = which // kernel.parts, row_block(word)
         _, keys, step = kernel.blocks
         offset = key_block(word) * keys
-        begin = jnp.maximum(first[row, block] - offset, 0) // step
-        end = (jnp.minimum(last[row, block] - offset, keys) + step - 1) // step
-        return cls(word, offset, begin, end)
+
+        def steps(edge, more=0):
+            return (jnp.clip(edge[row, block] - offset, 0, keys) + more) // step
+
+        begin, end = steps(seen.first), steps(seen.last, step - 1)
+        whole = steps(seen.every_first, step - 1)
+        broken = whole + jnp.maximum(steps(seen.every_last) - whole, 0) // TURN * TURN
+        return cls(word, offset, begin, whole, broken, end)
 
     def has(self, flag: int):
         return (self.word & flag) != 0
