@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from l32jax.kernels.tpu.backward import backward
@@ -52,16 +51,6 @@ PROBLEMS = {
 }
 COMPILED = [(chip, name) for chip in ("v5e", "v5p", "v6e") for name in PROBLEMS]
 COMPILED += [(chip, "text, heads of 128") for chip in ("v4", "tpu7x")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_cache():
-    """Programs for absent chips are written to JAX's cache but cannot be read from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Attention split over devices is the same attention, and the devices share the work evenly."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,12 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l32jax.kernels import context, reference
-from l32jax.kernels.tpu import backend as tpu
 
 SCALE = 0.3
 BATCH, KV_HEADS, SHARED, TIME, HEAD_DIM = 4, 2, 2, 32, 8
@@ -257,39 +254,6 @@ def test_only_gathering_takes_room_for_all_keys(method, keys):
         assert (max(sizes) <= longest) == (method == "ring")
         assert ("all_gather" in names) == (method == "gather")
         assert ("ppermute" in names) == (method == "ring")
-
-
-@pytest.fixture
-def four_chips(monkeypatch):
-    pytest.importorskip("libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # What is compiled for a chip that is not there can be written to the cache, but not read.
-    usual = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
-    yield topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", usual)
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("direction", [0, 1], ids=["forward", "backward"])
-def test_on_a_tpu_keys_are_under_way_while_the_kernel_runs(direction, four_chips):
-    mesh = topologies.make_mesh(four_chips, (1, 1, 4, 1), AXES)
-    ring = context.Ring(tpu, "context", "balanced")
-
-    def shaped(spec, *shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    queries = shaped(QUERIES, 1, 8, 4, 4096, 128)
-    keys = shaped(keys_spec("balanced"), 1, 8, 4096, 128)
-    scores = shaped(SCORES, 1, 8, 4, 4096, dtype=jnp.float32)
-    bounds = shaped(BOUNDS, 1, 4096, dtype=jnp.int32)
-    arguments = (queries, keys, keys, bounds, bounds, *(scores, scores, queries)[: 3 * direction])
-    lowered = jax.jit(over(mesh, ring, "balanced")[direction]).lower(*arguments)
-    scheduled = lowered.compile().as_text()
-    _, _, sent = scheduled.partition(" collective-permute-start(")
-    under_way, _, _ = sent.partition(" collective-permute-done(")
-    assert "tpu_custom_call" in under_way
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l32jax.config import MeshConfig
+from l32jax.config import AttentionConfig, MeshConfig
 from l32jax.data.batches import place
 from l32jax.errors import InputError
-from l32jax.model.llama import abstract_params, batch_logits, bind, init_params
+from l32jax.kernels.context import row_order
+from l32jax.model.llama import AUTO, abstract_params, batch_logits, bind, init_params
 from l32jax.model.parameters import flatten, on_mesh
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.objectives import cross_entropy
@@ -22,6 +23,12 @@ MESHES = {
     "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
     "fsdp8": MeshConfig(fsdp=8),
     "fsdp4_tensor2": MeshConfig(fsdp=4, tensor=2),
+    "context4_fsdp2": MeshConfig(context=4, fsdp=2),
+    "all": MeshConfig(data=2, context=2, tensor=2),
+}
+CONTEXT = {
+    "context4_fsdp2": AttentionConfig(across="ring"),
+    "all": AttentionConfig(across="ring"),
 }
 
 # Dimensions of the parameters by the ends of their paths; l is the stacked axis.
@@ -40,10 +47,10 @@ DIMS = {
 AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "tensor"}
 
 
-@partial(jax.jit, static_argnums=0)
-def logits_and_gradients(config, params, batch):
+@partial(jax.jit, static_argnums=(0, 3))
+def logits_and_gradients(config, params, batch, attention):
     def loss(params):
-        logits = batch_logits(bind(config, params), batch)
+        logits = batch_logits(bind(config, params), batch, attention=attention)
         loss = jnp.sum(cross_entropy(logits, batch["targets"]) * batch["weights"])
         return loss / batch["weights"].sum(), logits
 
@@ -51,11 +58,14 @@ def logits_and_gradients(config, params, batch):
     return logits, gradients
 
 
-def computed_on(mesh):
+def computed_on(mesh, attention=AUTO):
     with jax.set_mesh(mesh):
         batch = place(rows(8, images=True), mesh)
-        logits, gradients = logits_and_gradients(MODEL, random_params(MODEL, mesh), batch)
-    return np.asarray(logits), {name: np.asarray(g) for name, g in flatten(gradients).items()}
+        params = random_params(MODEL, mesh)
+        logits, gradients = logits_and_gradients(MODEL, params, batch, attention)
+    in_row = row_order(logits.shape[1], mesh.shape["context"])
+    found = {name: np.asarray(g) for name, g in flatten(gradients).items()}
+    return np.asarray(logits)[:, in_row], found
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +73,11 @@ def alone():
     return computed_on(single_device_mesh())
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_every_mesh_gives_the_same_logits_and_gradients(name, alone):
-    logits, gradients = computed_on(make_mesh(MESHES[name]))
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((name, AUTO) for name in MESHES), *CONTEXT.items()]
+)
+def test_every_mesh_gives_the_same_logits_and_gradients(name, attention, alone):
+    logits, gradients = computed_on(make_mesh(MESHES[name]), attention)
     np.testing.assert_allclose(logits, alone[0], rtol=0, atol=LIMIT * np.abs(alone[0]).max())
     largest = max(np.abs(gradient).max() for gradient in alone[1].values())
     for path, gradient in alone[1].items():
