@@ -341,7 +341,7 @@ def _reshape(array: Array, shape: tuple[int, ...], spec: PartitionSpec, place: _
 
 def _with_mask(q, k, v, start, stop, *, scale: float, impl: Literal["xla", "cudnn"]):
     place = _Place.of(q, k)
-    if place.keys:
+    if place.keys and place.num_shards > 1:
         raise ValueError(f"impl={impl!r}: keys over the context axis need another implementation")
     local = functools.partial(reference.with_mask, scale=scale, implementation=impl)
     specs = (place.queries, place.keyed, place.keyed, place.bounds, place.bounds)
