@@ -85,9 +85,9 @@ def size(arrays) -> int:
 
 
 def assert_linear(program, arguments: list) -> None:
-    """No more memory than 1.8 times that of arguments and results."""
+    """No more memory than 2.1 times that of arguments and results."""
     peak = program.memory_analysis().peak_memory_in_bytes
-    assert 0 < peak < 1.8 * size(arguments + jax.tree.leaves(program.out_info))
+    assert 0 < peak < 2.1 * size(arguments + jax.tree.leaves(program.out_info))
 
 
 @pytest.mark.parametrize(("chip", "name"), COMPILED)

@@ -1,6 +1,7 @@
 """Attention split over devices is the same attention, and the devices share the work evenly."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax

@@ -225,7 +225,8 @@ def test_traffic_that_does_not_wait_is_caught(traffic, monkeypatch):
     inputs = cases.drawn(problem.shape, 0)
     right = cases.definition(inputs, start, stop, scale=problem.shape.scale)
     caught = traffic is HastyTraffic
-    with pytest.raises(AssertionError, match="a race") if caught else nullcontext():
+    # Told after the run by jax 0.10, during it by 0.12.
+    with pytest.raises(Exception, match="(?i)a race|race detected") if caught else nullcontext():
         run_backward(problem, inputs, right, start, stop, EAGER, compiled)
 
 

@@ -80,8 +80,8 @@ def backward(
         out_shape=[
             Traffic.sums(lists, kv_heads, time // blocks.rows, shared * blocks.rows, head_dim),
             jax.ShapeDtypeStruct((lists, *operands.q.shape[1:]), jnp.float32),
-            jax.ShapeDtypeStruct(operands.k.shape, jnp.float32),
-            jax.ShapeDtypeStruct(operands.v.shape, jnp.float32),
+            jax.ShapeDtypeStruct(k.shape, jnp.float32),
+            jax.ShapeDtypeStruct(v.shape, jnp.float32),
         ],
         compiler_params=compiler_params(),
         cost_estimate=cost(q, k, products=5),
@@ -93,8 +93,7 @@ def backward(
         *(pad(dout, 3, blocks.rows), jnp.stack([lse, pad(delta, 3, blocks.rows)], axis=2)),
     )
     del sums
-    dq = _summed(dq, plan)[:, :, :, : q.shape[3]]
-    return dq, dk[:, :, : k.shape[2]], dv[:, :, : k.shape[2]]
+    return _summed(dq, plan)[:, :, :, : q.shape[3]], dk, dv
 
 
 def _summed(dq: Float[Array, "bp k g t h"], plan: Schedule) -> Float[Array, "b k g t h"]:

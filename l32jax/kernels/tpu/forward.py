@@ -50,7 +50,6 @@ def forward(
     `plan` is `make_plan`'s for the same intervals and lengths; it is made here if absent.
     """
     plan = plan or make_plan(start, stop, q, k)
-    num_queries = q.shape[3]
     operands = Operands.padded(q, k, v, start, stop, plan.blocks)
     specs, kernel = Specs.of(operands, plan), Kernel.of(operands, plan, scale)
     batch, kv_heads, shared, _, head_dim = operands.q.shape
@@ -69,15 +68,15 @@ def forward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(operands.q.shape, q.dtype),
-            jax.ShapeDtypeStruct(operands.q.shape[:-1], jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         ],
         compiler_params=compiler_params(),
         cost_estimate=cost(q, k, products=2),
         interpret=interpret,
         name="attention_forward",
     )(plan.by_rows, *plan.seen, *operands)
-    return out[:, :, :, :num_queries], lse[:, :, :, :num_queries]
+    return out, lse
 
 
 def _kernel(
