@@ -21,6 +21,7 @@ from l32jax.generate.sampling import require_valid
 from l32jax.model.inspect import cross_attention_weights
 from l32jax.model.llama import batch_logits, bind
 from l32jax.model.parameters import Params
+from l32jax.sharding import CONTEXT_AXIS
 
 IMAGE_TOKEN = "<|image|>"
 Prompt = str | Sequence[Message]
@@ -38,6 +39,11 @@ class Model:
         self, config: LlamaConfig, params: Params, tokenizer: Tokenizer | None, mesh: Mesh
     ):
         require_matching(tokenizer, config, "the call")
+        if mesh.shape[CONTEXT_AXIS] > 1:
+            raise InputError(
+                f"mesh whose context axis has {mesh.shape[CONTEXT_AXIS]} devices: it splits rows in "
+                "training; give a model that is to be asked a mesh with context=1"
+            )
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
 
     def logits(self, tokens: Any, images: Sequence[Any] = ()) -> Float[np.ndarray, "*b t v"]:

@@ -227,3 +227,17 @@ def test_placed_batches_are_sharded_over_their_rows():
         assert array.sharding.spec[0] == ("data", "fsdp")
         assert array.addressable_shards[0].data.shape[0] == 2
         assert np.array_equal(jax.device_get(array), local[name])
+
+
+def test_a_context_axis_gives_each_device_an_early_chunk_and_a_late_one():
+    tokens = np.tile(np.arange(16, dtype=np.int32), (2, 1))
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
+    placed = place({"tokens": tokens}, mesh)["tokens"]
+    held = sorted(
+        {tuple(np.asarray(shard.data)[0].tolist()) for shard in placed.addressable_shards}
+    )
+    assert held == [(0, 1, 14, 15), (2, 3, 12, 13), (4, 5, 10, 11), (6, 7, 8, 9)]
+    with pytest.raises(
+        InputError, match="length=12 of a row: a context axis of 4 needs a multiple"
+    ):
+        place({"tokens": tokens[:, :12]}, mesh)

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from l32jax.api import load
-from l32jax.config import SamplingConfig
+from l32jax.config import MeshConfig, SamplingConfig
 from l32jax.data.batches import place
 from l32jax.data.samples import VisionShape, make_prompt_batch
+from l32jax.errors import InputError
 from l32jax.generate import decode as generation
 from l32jax.generate.model import Model
 from l32jax.model.attention import Interval
 from l32jax.model.cache import empty_cache
 from l32jax.model.llama import Images, bind, forward
 from l32jax.presets import SMOLLM2_135M
-from l32jax.sharding import single_device_mesh
+from l32jax.sharding import make_mesh, single_device_mesh
 from tests import golden
 from tests.checkpoint_tests.weights import random_params
 from tests.data_tests.real_tokenizers import smollm2_file
@@ -342,3 +343,9 @@ def test_greedy_continuations_of_smollm2_equal_transformers():
         assert close < 1e-4 * np.abs(scores).max()
         # One pass tells as much as one a token: tokens agree if each is the best after the others.
         assert ours == scores[len(tokens) - 1 : -1].argmax(axis=-1).tolist()
+
+
+def test_a_mesh_that_splits_rows_is_refused():
+    params = random_params(golden.TEXT)
+    with pytest.raises(InputError, match="context axis has 2 devices"):
+        Model(golden.TEXT, params, None, make_mesh(MeshConfig(context=2)))
