@@ -41,8 +41,8 @@ class Model:
         require_matching(tokenizer, config, "the call")
         if mesh.shape[CONTEXT_AXIS] > 1:
             raise InputError(
-                f"mesh whose context axis has {mesh.shape[CONTEXT_AXIS]} devices: it splits rows in "
-                "training; give a model that is to be asked a mesh with context=1"
+                f"mesh whose context axis has {mesh.shape[CONTEXT_AXIS]} devices: that splits rows "
+                "in training; give a model that is to be asked a mesh with context=1"
             )
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
 

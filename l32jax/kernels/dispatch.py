@@ -132,8 +132,8 @@ def cached_attention(
     stacked = PartitionSpec(None, *place.keyed)
     specs = (place.queries, stacked, stacked, PartitionSpec(), *(place.bounds,) * 3)
     run = _on_shards(local, place, specs, place.queries)
-    bounds = _placed((start, stop), place)
-    out = run(_split_heads(q, k.shape[2], place), k, v, layer, *bounds, plan)
+    start, stop = _placed((start, stop), place)
+    out = run(_split_heads(q, k.shape[2], place), k, v, layer, start, stop, plan)
     return _merge_heads(out.transpose(0, 3, 1, 2, 4), place)
 
 

@@ -134,11 +134,11 @@ def along_keys(kernel: Kernel, pair: Pair, attend) -> None:
     A block that all rows see whole is unrolled: its steps overlap. Of any other block, steps that
     all rows see whole come first, for they need no mask.
     """
-    _, keys, step = kernel.blocks
+    num_steps = kernel.blocks.keys // kernel.blocks.step
 
     @pl.when(pair.has(WHOLE))
     def _():
-        for place in range(keys // step):
+        for place in range(num_steps):
             attend(place, masked=False)
 
     @pl.when(pair.has(PARTLY))
