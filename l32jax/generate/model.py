@@ -39,11 +39,6 @@ class Model:
         self, config: LlamaConfig, params: Params, tokenizer: Tokenizer | None, mesh: Mesh
     ):
         require_matching(tokenizer, config, "the call")
-        if mesh.shape[CONTEXT_AXIS] > 1:
-            raise InputError(
-                f"mesh whose context axis has {mesh.shape[CONTEXT_AXIS]} devices: that splits rows "
-                "in training; give a model that is to be asked a mesh with context=1"
-            )
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
 
     def logits(self, tokens: Any, images: Sequence[Any] = ()) -> Float[np.ndarray, "*b t v"]:
@@ -154,6 +149,11 @@ class Model:
     def _prompts(self, prompts, bucketed: bool) -> tuple[Batch, int]:
         """A batch that the mesh can divide, and how many of its rows are real."""
         self._check(prompts)
+        if self.mesh.shape[CONTEXT_AXIS] > 1:
+            raise InputError(
+                f"mesh whose context axis has {self.mesh.shape[CONTEXT_AXIS]} devices: it splits "
+                "rows, for training; load the model on a mesh with context=1 to ask it"
+            )
         rows = len(prompts)
         prompts = [*prompts, *[prompts[-1]] * (-rows % _row_multiple(self.mesh))]
         longest = max(len(tokens) for tokens, _ in prompts)

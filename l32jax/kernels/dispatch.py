@@ -8,7 +8,7 @@ and sharding happen here, once, around any of them.
 import dataclasses
 import functools
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ from l32jax.kernels import context, reference
 from l32jax.kernels.context import Backend
 from l32jax.kernels.gpu import backend as gpu
 from l32jax.kernels.tpu import backend as tpu
+from l32jax.sharding import CONTEXT_AXIS
 
 logger = logging.getLogger(__name__)
 
 Impl = Literal["auto", "reference", "tpu", "gpu", "xla", "cudnn"]
 BACKENDS: dict[str, Backend] = {"reference": reference, "tpu": tpu, "gpu": gpu}
-CONTEXT_AXIS = "context"
 # With these two saved, the backward pass never computes attention again.
 SAVED_NAMES = ("attention_out", "attention_lse")
 
@@ -56,12 +56,15 @@ def attention(
         with the intervals as a dense mask); "auto" takes the kernel of the platform.
       across: how devices get the keys that are sharded over the context axis.
       order: of these keys: that of the row, or `context.balanced_order`.
-      plan: `make_plan`'s for these intervals and shapes; layers that have them share it.
+      scale: what scores are multiplied by; positive.
+      plan: `make_plan`'s for these intervals, shapes and dtypes, which layers that have them
+        share. Another's gives wrong results.
 
     Raises:
       ValueError: shapes that do not go together, or an implementation that cannot do this.
     """
     if impl in ("xla", "cudnn"):
+        _require_matching(q, k, v, start, stop)
         return _with_mask(q, k, v, start, stop, scale=scale, impl=impl)
     out, _ = attention_and_lse(
         q, k, v, start, stop, scale=scale, impl=impl, across=across, order=order, plan=plan
@@ -88,6 +91,7 @@ def attention_and_lse(
     """
     _require_matching(q, k, v, start, stop)
     place = _Place.of(q, k)
+    _require_chunks(k.shape[1], place, order)
     if impl in ("xla", "cudnn"):
         raise ValueError(f"impl={impl!r}: it gives no log-sum-exp; use `attention`")
     backend = _backend(impl, place, across, order, _shape_of(q, k))
@@ -116,7 +120,10 @@ def cached_attention(
 
     On TPU few queries read their part of the cache in place: a slice of it would be a copy.
     """
-    one = jax.eval_shape(lambda array: array[0].transpose(0, 2, 1, 3), k)
+    one, other = jax.eval_shape(
+        lambda *arrays: [array[0].transpose(0, 2, 1, 3) for array in arrays], k, v
+    )
+    _require_matching(q, one, other, start, stop)
     place = _Place.of(q, one)
     if impl in ("xla", "cudnn"):
         k, v = (array[layer].transpose(0, 2, 1, 3) for array in (k, v))
@@ -282,8 +289,13 @@ def _backend(
 ) -> Backend:
     if impl == "auto":
         impl = _choose(_platform(), shape)
-    if impl not in BACKENDS:
-        raise ValueError(f"impl={impl!r}: there are 'auto', {', '.join(map(repr, BACKENDS))}")
+    for name, value, known in (
+        ("impl", impl, (*BACKENDS, "auto", "xla", "cudnn")),
+        ("across", across, get_args(context.Method)),
+        ("order", order, get_args(context.Layout)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: there are {', '.join(map(repr, known))}")
     backend = BACKENDS[impl]
     if place.num_shards == 1:
         return backend
@@ -316,8 +328,9 @@ def _shape_of(q, k) -> str:
 
 def _placed(bounds, place: _Place) -> list[Array]:
     """Bounds are small, and may come from anywhere."""
+    bounds = [jnp.asarray(bound, jnp.int32) for bound in bounds]
     if not place.sharded:
-        return list(bounds)
+        return bounds
     return [jax.sharding.reshard(bound, place.bounds) for bound in bounds]
 
 
@@ -350,6 +363,15 @@ def _with_mask(q, k, v, start, stop, *, scale: float, impl: Literal["xla", "cudn
     keyed = (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     out = run(_split_heads(q, k.shape[2], place), *keyed, *bounds)
     return _merge_heads(out.transpose(0, 3, 1, 2, 4), place)
+
+
+def _require_chunks(num_keys: int, place: _Place, order: context.Layout) -> None:
+    pieces = place.num_shards * (2 if order == "balanced" else 1)
+    if place.keys and place.num_shards > 1 and num_keys % pieces:
+        raise ValueError(
+            f"{num_keys} keys over {place.num_shards} devices of the axis {CONTEXT_AXIS!r}: in "
+            f"{order} order they must be a multiple of {pieces}"
+        )
 
 
 def _require_matching(q, k, v, start, stop) -> None:

@@ -43,6 +43,8 @@ class Problem(NamedTuple):
 
 PROBLEMS = {
     "text, heads of 128": Problem(k=8, g=4, t=8192, s=8192, h=128),
+    "text, 24 heads of the 3B model": Problem(k=8, g=3, t=8192, s=8192, h=128),
+    "short text, heads of 64": Problem(k=2, g=2, t=300, s=300, h=64),
     "text, heads of 64": Problem(k=8, g=4, t=8192, s=8192, h=64),
     "text, 131072 tokens": Problem(k=2, g=4, t=131072, s=131072, h=128),
     "vision tower": Problem(k=16, g=1, t=6432, s=6432, h=80),

@@ -222,8 +222,16 @@ def test_arrays_that_do_not_go_together_are_refused(change, message):
 def test_other_refusals():
     q, k, v, start, stop = map(jnp.asarray, drawn())
     place = dispatch._Place.of(q, k)
-    with pytest.raises(ValueError, match="impl='flash': there are 'auto', 'reference'"):
+    with pytest.raises(
+        ValueError, match="impl='flash': there are 'reference', 'tpu', 'gpu', 'auto'"
+    ):
         inspect.unwrap(dispatch._backend)("flash", place, "gather", "balanced", "these")
+    with pytest.raises(ValueError, match="across='bus': there are 'gather', 'ring'"):
+        inspect.unwrap(dispatch._backend)("tpu", place, "bus", "balanced", "these")
+    with pytest.raises(ValueError, match="order='any': there are 'contiguous', 'balanced'"):
+        inspect.unwrap(dispatch._backend)("tpu", place, "ring", "any", "these")
+    with pytest.raises(ValueError, match="12 keys over 4 devices .* must be a multiple of 8"):
+        dispatch._require_chunks(12, place._replace(keys="context", num_shards=4), "balanced")
     with pytest.raises(ValueError, match="one dtype for all"):
         kernels.attention(q, k, v.astype(jnp.bfloat16), start, stop, scale=SCALE)
     with pytest.raises(ValueError, match="gives no log-sum-exp"):

@@ -228,7 +228,7 @@ def test_a_packed_row_lists_about_as_many_pairs_as_its_documents_need():
 
 @pytest.mark.parametrize(
     ("num_rows", "parts", "message"),
-    [((1 << ROW_BITS) + 1, 1, "use larger blocks"), (4, 2, "one would be empty")],
+    [((1 << ROW_BITS) + 1, 1, "split rows over more devices"), (4, 2, "one would be empty")],
 )
 def test_what_lists_cannot_hold_is_refused(num_rows, parts, message):
     def made(row):

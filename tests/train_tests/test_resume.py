@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from l32jax import api
 from l32jax.checkpoint.steps import Steps
-from l32jax.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.data.tokenizer import Tokenizer
+from l32jax.errors import InputError
+from l32jax.model.parameters import flatten
 from l32jax.sharding import single_device_mesh
 from l32jax.train import loop
 from l32jax.train.step import TrainState
@@ -287,3 +290,15 @@ def test_a_signal_at_any_moment_of_a_step_finds_the_step_saved(config_in, tmp_pa
     with pytest.raises(loop.Interrupted) as interrupted:
         loop.train(config, Tokenizer.bytes_only(), None, single_device_mesh())
     assert f"at step {saved(config, 0).latest()};" in str(interrupted.value)
+
+
+@pytest.mark.slow
+def test_a_run_may_split_its_rows_over_devices(config_in, tmp_path):
+    whole = config_in(tmp_path)
+    stage = dataclasses.replace(whole.stages[1], num_steps=2)
+    mesh = MeshConfig(fsdp=2, context=2, tensor=2)
+    model = api.run(dataclasses.replace(whole, stages=(stage,), mesh=mesh, start_from=None))
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in flatten(model.params).values())
+    with pytest.raises(InputError, match="load the model on a mesh with context=1"):
+        model.logits([1, 2, 3])
+    assert np.isfinite(api.load(tmp_path).logits([1, 2, 3])).all()

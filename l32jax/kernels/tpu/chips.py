@@ -11,6 +11,8 @@ from l32jax.kernels.tpu.schedule import Blocks
 
 LANES = 128
 MIB = 2**20
+MOST_WORDS = 3 * 2**16  # three quarters of the scalar memory of any chip
+MOST_KEYS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,22 @@ def block_sizes(*, queries: int, keys: int, shared: int, float32: bool) -> Block
     step = min(chip.step, _up_to_lanes(keys))
     block = min(chip.keys // (2 if float32 else 1), -(-keys // step) * step)
     return Blocks(rows, block, step)
+
+
+def fit_scalar_memory(blocks: Blocks, *, batch: int, queries: int, keys: int) -> Blocks:
+    """With larger blocks of keys, if lists of all pairs would not fit: long rows, many at a time.
+
+    Twice the lists are reckoned with, for parts, and a power of two, which is what they take up.
+    """
+    lists = 1 << (2 * batch - 1).bit_length()
+    while lists * pl.cdiv(queries, blocks.rows) * pl.cdiv(keys, blocks.keys) > MOST_WORDS:
+        if blocks.keys >= MOST_KEYS:
+            raise ValueError(
+                f"{batch} rows of {queries} queries and {keys} keys on a device: its scalar memory "
+                "cannot hold their pairs of blocks; use fewer rows, or more devices along context"
+            )
+        blocks = blocks._replace(keys=2 * blocks.keys)
+    return blocks
 
 
 def num_parts(lists: int, *, most: int) -> int:

@@ -19,9 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from l32jax.kernels import intervals
+from l32jax.kernels.tpu.chips import LANES
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: -inf - -inf would be NaN
-LANES = 128
 # Of the keys of one step; the values are as many, and the next step's are on their way. Larger
 # blocks waste more of the copy where a text ends inside one, smaller ones do not hide their cost.
 BLOCK_BYTES, BLOCK_KEYS = 2**19, 1024

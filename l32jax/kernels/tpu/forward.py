@@ -125,7 +125,9 @@ def _kernel(
             (mixed[...] * share[:, : mixed.shape[1]]).reshape(out.shape[2:]).astype(out.dtype)
         )
         sums = jnp.where(seen, top[...] / LOG2_E + jnp.log(total[...]), -jnp.inf)
-        lse[0, 0] = sums.T[:1].reshape(lse.shape[2:])
+        line, rows = sums.T[:1], kernel.blocks.rows
+        for head in range(kernel.shared):  # a reshape would have to move lanes
+            lse[0, 0, head : head + 1] = line[:, head * rows : (head + 1) * rows]
 
 
 def along_keys(kernel: Kernel, pair: Pair, attend) -> None:

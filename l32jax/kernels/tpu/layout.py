@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from l32jax.kernels.intervals import Hulls, clip
-from l32jax.kernels.tpu.chips import block_sizes, num_parts
+from l32jax.kernels.tpu.chips import block_sizes, fit_scalar_memory, num_parts
 from l32jax.kernels.tpu.schedule import Blocks, Schedule, key_block, row_block, schedule
 
 TURN = 2  # steps of a turn of the loop: one alone cannot overlap with anything
@@ -30,7 +30,8 @@ def make_plan(
     blocks = block_sizes(
         queries=q.shape[3], keys=k.shape[2], shared=q.shape[2], float32=q.dtype == jnp.float32
     )
-    few = min(-(-q.shape[3] // blocks.rows), -(-k.shape[2] // blocks.keys))
+    blocks = fit_scalar_memory(blocks, batch=q.shape[0], queries=q.shape[3], keys=k.shape[2])
+    few = min(pl.cdiv(q.shape[3], blocks.rows), pl.cdiv(k.shape[2], blocks.keys))
     parts = num_parts(q.shape[0] * q.shape[1], most=few)
     return schedule(start, stop, num_keys=k.shape[2], blocks=blocks, parts=parts)
 

@@ -69,7 +69,7 @@ def schedule(
     if num_rows > 1 << ROW_BITS or num_key_blocks > 1 << KEY_BITS:
         raise ValueError(
             f"{num_rows} blocks of {blocks.rows} queries and {num_key_blocks} of {blocks.keys} "
-            f"keys: a word holds {1 << ROW_BITS} and {1 << KEY_BITS}; use larger blocks"
+            f"keys: a word holds {1 << ROW_BITS} and {1 << KEY_BITS}; split rows over more devices"
         )
     if parts > min(num_rows, num_key_blocks):
         raise ValueError(
