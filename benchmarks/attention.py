@@ -18,18 +18,9 @@ from typing import NamedTuple
 
 import jax
 import kernel_cycles
-from attention_costs import (
-    Row,
-    Splash,
-    Workload,
-    causal,
-    cross,
-    flash,
-    ours,
-    packed,
-    tower,
-)
+from attention_costs import Row, Workload, causal, cross, ours, packed, tower
 from kernel_cycles import CHIPS
+from peer_costs import Splash, flash
 
 WORKLOADS = {
     "self": lambda: causal("self 8k", 8192, 8, 4, 128),
