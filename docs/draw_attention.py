@@ -1,6 +1,6 @@
 """Draws the pictures of attention.md from the project's own intervals, schedules and chunks.
 
-    python docs/draw_attention.py
+python docs/draw_attention.py
 """
 
 from pathlib import Path
