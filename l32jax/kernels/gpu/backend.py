@@ -11,7 +11,6 @@ other dimensions are filled up with rows and keys that nobody sees.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,8 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from l32jax.kernels.gpu import layout
-from l32jax.kernels.gpu.layout import Plan, Tile, cost, fill, tile_of, unfold
+from l32jax.kernels.gpu.layout import Plan, Tile, cost, fill, make_plan, tile_of, unfold
 from l32jax.kernels.gpu.programs import dkv_program, dq_program, forward_program
-
-
-def make_plan(start: Int[Array, "b t"], stop: Int[Array, "b t"], q: Any, k: Any) -> Plan:
-    """What the kernels need to know of the intervals; of q and k shapes and dtypes matter."""
-    return layout.make_plan(start, stop, q, k)
 
 
 def forward(
