@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from l32jax.kernels import intervals
+from l32jax.kernels.padding import pad
 
 Queries = Float[Array, "b k g t h"]
 Keys = Float[Array, "b k s h"]
@@ -240,7 +241,7 @@ def _even(length: int, most: int) -> int:
 def _walk_forward(q, k, v, blocks, *, scale):
     time, num_keys = q.shape[3], k.shape[2]
     tile = _tile(time, num_keys)
-    q, k, v = _fill(q, 3, tile.queries), _fill(k, 2, tile.keys), _fill(v, 2, tile.keys)
+    q, k, v = pad(q, 3, tile.queries), pad(k, 2, tile.keys), pad(v, 2, tile.keys)
 
     def attend(done, block):
         rows = _take(q, block)
@@ -261,8 +262,8 @@ def _walk_forward(q, k, v, blocks, *, scale):
 def _walk_backward(q, k, v, lse, delta, dout, blocks, *, scale):
     time, num_keys = q.shape[3], k.shape[2]
     tile = _tile(time, num_keys)
-    of_queries = tuple(_fill(x, 3, tile.queries) for x in (q, lse, delta, dout))
-    k, v = _fill(k, 2, tile.keys), _fill(v, 2, tile.keys)
+    of_queries = tuple(pad(x, 3, tile.queries) for x in (q, lse, delta, dout))
+    k, v = pad(k, 2, tile.keys), pad(v, 2, tile.keys)
 
     def attend(done, block):
         rows, *others = (_take(x, block) for x in of_queries)
@@ -292,7 +293,7 @@ def _blocks(start: Bound, stop: Bound, tile: Tile, num_keys: int) -> Block:
     seen = intervals.hulls(start, stop, block=tile.queries, num_keys=num_keys)
     first, last = seen.first // tile.keys, -(-seen.last // tile.keys)
     row, block = jnp.indices(first.shape, jnp.int32)
-    bounds = (_fill(x, 1, tile.queries).reshape(-1, 1, tile.queries) for x in (start, stop))
+    bounds = (pad(x, 1, tile.queries).reshape(-1, 1, tile.queries) for x in (start, stop))
     return Block(*(x.reshape(-1) for x in (row, block * tile.queries, first, last)), *bounds)
 
 
@@ -324,10 +325,3 @@ def _put(
     at = (block.row, 0, 0, block.query, 0)[: x.ndim]
     shape = (1, *x.shape[1:3], block.start.shape[-1], *x.shape[4:])
     return jax.lax.dynamic_update_slice(x, rows.reshape(shape).astype(x.dtype), at)
-
-
-def _fill(x: Array, dim: int, block: int) -> Array:
-    """With zeros, to whole blocks."""
-    padding = [(0, 0)] * x.ndim
-    padding[dim] = (0, -x.shape[dim] % block)
-    return jnp.pad(x, padding)

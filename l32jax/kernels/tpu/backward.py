@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from l32jax.kernels.intervals import Hulls
+from l32jax.kernels.padding import pad
 from l32jax.kernels.tpu.chips import compiler_params, cost
 from l32jax.kernels.tpu.forward import along_keys
 from l32jax.kernels.tpu.layout import (
@@ -29,7 +30,6 @@ from l32jax.kernels.tpu.layout import (
     Pair,
     Specs,
     make_plan,
-    pad,
     product,
 )
 from l32jax.kernels.tpu.schedule import CLOSES, OPENS, Schedule

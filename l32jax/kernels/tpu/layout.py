@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from l32jax.kernels.intervals import Hulls, clip
+from l32jax.kernels.padding import pad
 from l32jax.kernels.tpu.chips import block_sizes, fit_scalar_memory, num_parts
 from l32jax.kernels.tpu.schedule import Blocks, Schedule, key_block, row_block, schedule
 
@@ -53,12 +54,6 @@ class Operands(NamedTuple):
             pad(v, 2, blocks.keys),
             pad(jnp.stack([start, stop], axis=1), 2, blocks.rows),
         )
-
-
-def pad(array: Array, dim: int, multiple: int, value: float = 0) -> Array:
-    widths = [(0, 0)] * array.ndim
-    widths[dim] = (0, -array.shape[dim] % multiple)
-    return jnp.pad(array, widths, constant_values=value)
 
 
 class Specs(NamedTuple):
