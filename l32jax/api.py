@@ -67,7 +67,7 @@ def load(
     require_matching(found, config, str(tokenizer or path))
     with jax.set_mesh(mesh):
         targets = on_mesh(abstract_params(config, weights.dtype or dtype), mesh)
-        params = weights.read(config, targets)
+        params = weights.read(targets)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     return Model(config, params, found, mesh)
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l32jax.checkpoint import meta
+from l32jax.checkpoint import meta, slices
+from l32jax.checkpoint.sources import Source
 from l32jax.config import Compat, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
 from l32jax.model.attention import Interval
 from l32jax.model.llama import Images, abstract_params, bind, forward
@@ -60,7 +61,7 @@ def load_meta(name: str, config: LlamaConfig):
     mesh = single_device_mesh()
     with jax.set_mesh(mesh):
         targets = on_mesh(abstract_params(config), mesh)
-    return meta.load(weights, config, targets)
+    return slices.load(meta.open_tensors(Source.of(weights, name), config), targets)
 
 
 def with_compat(config: LlamaConfig, **switches) -> LlamaConfig:

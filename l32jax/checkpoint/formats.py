@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from l32jax.checkpoint import gguf, hugging_face
+from l32jax.checkpoint import gguf, hugging_face, hugging_face_config
+from l32jax.checkpoint.slices import load
 from l32jax.checkpoint.steps import is_store
 from l32jax.checkpoint.store import Reader
 from l32jax.config import LlamaConfig
@@ -19,14 +21,14 @@ from l32jax.model.parameters import Params
 class Weights(NamedTuple):
     """A model on disk.
 
-    read: fills targets (shapes, dtypes, shardings) of a configuration.
+    read: fills targets (shapes, dtypes, shardings) of its configuration.
     dtype: the one that targets must have; None if any will do.
     tokenizer: content of its tokenizer.model, where that stands inside the checkpoint and not at
       the path.
     """
 
     config: LlamaConfig
-    read: Callable[[LlamaConfig, Params], Params]
+    read: Callable[[Params], Params]
     dtype: Any = None
     tokenizer: bytes | None = None
 
@@ -40,10 +42,11 @@ def open_weights(path: Path) -> Weights:
             magic = file.read(4)
         if magic != b"GGUF":
             raise InputError(f"model {str(path)!r}: the file is not GGUF; give GGUF or a folder")
-        return Weights(gguf.read_config(path), lambda c, targets: gguf.load(path, c, targets))
+        config = gguf.read_config(path)
+        return Weights(config, partial(load, gguf.open_file(path, config)))
     if (path / "config.json").is_file():
-        config = hugging_face.read_config(path)
-        return Weights(config, lambda c, targets: hugging_face.load(path, c, targets))
+        config = hugging_face_config.read_config(path)
+        return Weights(config, partial(load, hugging_face.open_directory(path, config)))
     return _open_store(newest_store(path))
 
 
@@ -71,7 +74,7 @@ def _open_store(path: Path) -> Weights:
     config = decode(LlamaConfig, content["model"], f"config of {path}")
     return Weights(
         config,
-        lambda _, targets: reader.restore_params(targets),
+        reader.restore_params,
         dtype=np.float32,  # of the parameters that train; Orbax would cast without a word
         tokenizer=reader.read_file("tokenizer.model"),
     )

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,38 +11,37 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l32jax.checkpoint import tensors
+from l32jax.checkpoint.flat_files import FlatFiles
 from l32jax.checkpoint.hugging_face_config import (
     ASPECT_RATIOS,
     CONFIG,
     TokenIds,
-    read_config,
     to_json,
     token_ids_json,
 )
+from l32jax.checkpoint.manifest import MANIFEST
+from l32jax.checkpoint.slices import Shape, Slices
+from l32jax.checkpoint.sources import Source
 from l32jax.checkpoint.tables import (
     HEADS_IN,
     HEADS_OUT,
     SCALAR,
     Layout,
     Part,
-    Shape,
-    Source,
     Table,
     addresses,
+    ours,
     placed,
-    their_shapes,
-    unload,
+    theirs,
 )
-from l32jax.checkpoint.tables import load as load_table
+from l32jax.checkpoint.transfer import write
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
-from l32jax.model.parameters import Params, flatten
-
-__all__ = ["TokenIds", "export", "load", "read_config", "table"]
+from l32jax.model.llama import shapes_of
+from l32jax.model.parameters import Params
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_FILE_BYTES = 5_000_000_000
-UNFINISHED = ".unfinished"
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +85,12 @@ def _from_grid(ours: np.ndarray, shape: Shape) -> np.ndarray:
 
 PATCHES = Layout(_patches)
 # Row r of theirs is the aspect ratio r - 1 of the list; row 0 is of images that are absent.
-GRID = Layout(lambda shape: (len(ASPECT_RATIOS) + 1, math.prod(shape[1:])), _to_grid, _from_grid)
+GRID = Layout(
+    lambda shape: (len(ASPECT_RATIOS) + 1, math.prod(shape[1:])),
+    _to_grid,
+    _from_grid,
+    by_rows=False,
+)
 
 DECODER_BLOCK = (
     Part("attention_norm/scale", "input_layernorm.weight"),
@@ -171,9 +174,9 @@ def table(config: LlamaConfig, prefixes: Prefixes | None = None) -> Table:
     if vision is not None:
         parts.append(Part("decoder/image_embedding/weight", embedding))
     for address in addresses(decoder):
-        ours = f"decoder/groups/blocks/{address.slot}/"
-        theirs = f"{prefixes.decoder}layers.{address.layer}."
-        parts += placed(BLOCKS[address.kind], ours, theirs, address.group)
+        home = f"decoder/groups/blocks/{address.slot}/"
+        layer = f"{prefixes.decoder}layers.{address.layer}."
+        parts += placed(BLOCKS[address.kind], home, layer, address.group)
     parts.append(Part("decoder/final_norm/scale", f"{prefixes.decoder}norm.weight"))
     if not decoder.tied_embedding:
         parts.append(Part("decoder/head/weight", f"{prefixes.head}weight"))
@@ -181,28 +184,28 @@ def table(config: LlamaConfig, prefixes: Prefixes | None = None) -> Table:
         return parts
     parts += placed(ENCODER, "vision/", prefixes.encoder)
     for layer in range(vision.num_local_layers):
-        theirs = f"{prefixes.encoder}transformer.layers.{layer}."
-        parts += placed(VISION_BLOCK, "vision/local_blocks/", theirs, layer)
+        block = f"{prefixes.encoder}transformer.layers.{layer}."
+        parts += placed(VISION_BLOCK, "vision/local_blocks/", block, layer)
     for layer in range(vision.num_global_layers):
-        theirs = f"{prefixes.encoder}global_transformer.layers.{layer}."
-        parts += placed(VISION_BLOCK + GATES, "vision/global_blocks/", theirs, layer)
+        block = f"{prefixes.encoder}global_transformer.layers.{layer}."
+        parts += placed(VISION_BLOCK + GATES, "vision/global_blocks/", block, layer)
     return parts + placed(PROJECTOR, "projector/", prefixes.projector)
 
 
-def load(directory: str | os.PathLike, config: LlamaConfig, targets: Params) -> Params:
-    """The weights of a directory that `save_pretrained` wrote, placed as `targets` says.
+def open_directory(directory: str | os.PathLike, config: LlamaConfig) -> Slices:
+    """The weights of a directory that `save_pretrained` wrote.
 
     Eight cells of each grid of tile embeddings are in no aspect ratio, so not in the checkpoint:
-    they become zeros. InputError if a tensor is missing, too many, of another shape or damaged.
+    they are zeros. InputError if a tensor is missing, too many, of another shape or damaged.
     """
-    return load_tensors(tensors.open_directory(Path(directory)), config, targets)
+    return open_tensors(tensors.open_directory(Path(directory)), config)
 
 
-def load_tensors(source: Source, config: LlamaConfig, targets: Params) -> Params:
+def open_tensors(source: Source, config: LlamaConfig) -> Slices:
     """The same from tensors under any of the names that transformers uses."""
     prefixes = TEXT
     if config.vision is not None:
-        in_memory = any(name.startswith("model.") for name in source.shapes)
+        in_memory = any(name.startswith("model.") for name in source.tensors)
         prefixes = VISION_IN_MEMORY if in_memory else VISION
         logger.warning(
             "%s: half of the tile embeddings, those of no supported aspect ratio, are not in "
@@ -210,9 +213,44 @@ def load_tensors(source: Source, config: LlamaConfig, targets: Params) -> Params
             source.where,
         )
     embedding, head = f"{prefixes.decoder}embed_tokens.weight", f"{prefixes.head}weight"
-    ignore = {name for name in source.shapes if name.endswith(".rotary_emb.inv_freq")}
+    ignore = {name for name in source.tensors if name.endswith(".rotary_emb.inv_freq")}
     repeated = {head: embedding} if config.decoder.tied_embedding else {}
-    return load_table(table(config, prefixes), source, targets, ignore=ignore, repeated=repeated)
+    return ours(
+        table(config, prefixes), source, shapes_of(config), ignore=ignore, repeated=repeated
+    )
+
+
+def plan(
+    slices: Slices,
+    config: LlamaConfig,
+    *,
+    ids: TokenIds,
+    about: Mapping[str, Any],
+    extra_files: Mapping[str, bytes] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> FlatFiles:
+    """A directory that transformers loads; the weights have the dtypes of `slices`.
+
+    `extra_files` are those of the tokenizer, by name. Meta's behaviour is not part of the format: a
+    model that follows it (`config.compat`) computes there what transformers makes of it.
+    """
+    dtype = slices.dtypes["decoder/embedding/weight"]
+    small = {
+        CONFIG: _json(to_json(config, ids, dtype)),
+        GENERATION_CONFIG: _json(token_ids_json(ids)),
+    }
+    for name, content in (extra_files or {}).items():
+        if Path(name).name != name or name in small or name.startswith(("model", MANIFEST)):
+            raise InputError(f"extra file {name!r}: not a free name for a file; rename it")
+        small[name] = content
+    parts = list(table(config))
+    if config.vision is not None and config.decoder.tied_embedding:
+        # transformers cannot tie the head of a vision model, so it gets a copy.
+        parts.append(Part("decoder/embedding/weight", f"{VISION.head}weight"))
+    files = tensors.plan_files(theirs(parts, slices), max_file_bytes)
+    if len(files) > 1:
+        small[tensors.INDEX] = tensors.index_of(files)
+    return FlatFiles(files, about, small)
 
 
 def export(
@@ -222,49 +260,15 @@ def export(
     *,
     dtype: Any,
     ids: TokenIds,
-    extra_files: Mapping[str, bytes] | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
+    **how: Any,
 ) -> None:
-    """Writes a directory that transformers loads, whole or not at all.
+    """Writes parameters in memory, whole or not at all; `how` are further arguments of `plan`.
 
-    It must not exist yet, or be empty. `dtype` is float32, float16 or bfloat16; `extra_files`
-    are those of the tokenizer, by name. Meta's behaviour is not part of the format: a model that
-    follows it (`config.compat`) computes there what transformers makes of it.
+    `dtype` is float32, float16 or bfloat16. The directory must not exist.
     """
-    directory = Path(directory)
-    files = {
-        CONFIG: _json(to_json(config, ids, dtype)),
-        GENERATION_CONFIG: _json(token_ids_json(ids)),
-    }
-    for name, content in (extra_files or {}).items():
-        if Path(name).name != name or name in files or name.startswith("model"):
-            raise InputError(f"extra file {name!r}: not a free name for a file; rename it")
-        files[name] = content
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"export to {directory}: it exists already; choose another directory")
-    temporary = directory.with_name(directory.name + UNFINISHED)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_weights(temporary, params, config, dtype, max_file_bytes)
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        os.rename(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _write_weights(
-    directory: Path, params: Params, config: LlamaConfig, dtype: Any, max_file_bytes: int
-) -> None:
-    parts = list(table(config))
-    if config.vision is not None and config.decoder.tied_embedding:
-        # transformers cannot tie the head of a vision model, so it gets a copy.
-        parts.append(Part("decoder/embedding/weight", f"{VISION.head}weight"))
-    shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
-    stream = unload(parts, params, np.dtype(dtype))
-    tensors.save_directory(directory, stream, their_shapes(parts, shapes), dtype, max_file_bytes)
+    slices = Slices.of(params).as_dtype(dtype)
+    output = plan(slices, config, ids=ids, about={"format": "hf"}, **how)
+    write(output, Path(directory))
 
 
 def _json(content: dict[str, Any]) -> bytes:

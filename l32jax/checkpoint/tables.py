@@ -1,39 +1,40 @@
 """One table per foreign format, read both ways: which tensor of theirs holds which slice of ours.
 
-Our weights are [outs, ins] like torch's, so nearly every entry is a reshape: a view. Loading reads
-tensor by tensor into the shards that need it; peak host memory is one stacked parameter.
+Our weights are [outs, ins] like torch's, so nearly every entry is a reshape: a view. `ours` reads a
+foreign checkpoint as our slices, `theirs` our slices as a foreign checkpoint; neither holds more
+than the rows that it is asked for.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l32jax.checkpoint.slices import ALL, Home, Shape, Slices
+from l32jax.checkpoint.sources import Source, Tensor
 from l32jax.config import BlockKind, DecoderConfig
 from l32jax.errors import InputError
-from l32jax.model.parameters import Params, flatten, path_name
-
-Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
     """How a tensor of theirs holds a slice of ours: its shape, and the way there and back.
 
-    `read` and `write` take the array and the shape to give it; a view where one is possible.
+    `read` and `write` take the array and the shape to give it; a view where one is possible. Each
+    row of ours is whole rows of theirs, the same number for all, unless `by_rows` is False.
     """
 
     their_shape: Callable[[Shape], Shape]
     read: Callable[[np.ndarray, Shape], np.ndarray] = np.reshape
     write: Callable[[np.ndarray, Shape], np.ndarray] = np.reshape
+    by_rows: bool = True
 
 
 SAME = Layout(lambda shape: shape)
 HEADS_OUT = Layout(lambda shape: (shape[0] * shape[1], shape[2]))  # [n h d] as [n*h, d]
 HEADS_IN = Layout(lambda shape: (shape[0], shape[1] * shape[2]))  # [d n h] as [d, n*h]
-SCALAR = Layout(lambda shape: (1,))
+SCALAR = Layout(lambda shape: (1,), by_rows=False)
 
 
 def _halves(theirs: np.ndarray, shape: Shape) -> np.ndarray:
@@ -93,26 +94,20 @@ def addresses(config: DecoderConfig) -> Iterator[Address]:
         seen[kind] += 1
 
 
-@dataclass(frozen=True)
-class Source:
-    """Foreign tensors by name: shapes at once, contents when asked for."""
-
-    where: str
-    shapes: Mapping[str, Shape]
-    read: Callable[[str], np.ndarray]
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], where: str) -> "Source":
-        return cls(where, {name: array.shape for name, array in arrays.items()}, arrays.__getitem__)
-
-
 class _Piece(NamedTuple):
     """A part with what the shapes of our parameters say about it."""
 
     part: Part
     shape: Shape  # of the slice of ours
     their_shape: Shape
-    rows: slice
+    rows: slice  # of their tensor
+
+    @property
+    def step(self) -> int:
+        """How many rows of theirs cannot be told apart."""
+        if not self.part.layout.by_rows:
+            return self.their_shape[0]
+        return self.their_shape[0] // self.shape[0]
 
 
 def _pieces(table: Table, shapes: Mapping[str, Shape]) -> Iterator[_Piece]:
@@ -134,33 +129,41 @@ def their_shapes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     }
 
 
-def load(
+def ours(
     table: Table,
     source: Source,
-    targets: Params,
+    shapes: Mapping[str, Shape],
     *,
     ignore: Collection[str] = (),
     repeated: Mapping[str, str] | None = None,
-) -> Params:
-    """Parameters like `targets`, on the devices and with the dtypes that those say.
+) -> Slices:
+    """A foreign checkpoint as our parameters, which have these shapes.
 
-    `targets` is a tree of `jax.ShapeDtypeStruct` with shardings on real devices; `ignore` names
-    tensors that may be there and are not read, `repeated` those that may be there if they equal
-    the first rows of another. InputError if a tensor is missing, too many or of another shape.
+    `ignore` names tensors that may be there and are not read, `repeated` those that may be there if
+    they equal the first rows of another. InputError if a tensor is missing, too many, of another
+    shape, or not equal.
     """
-    repeated = {new: old for new, old in (repeated or {}).items() if new in source.shapes}
-    leaves = flatten(targets)
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    repeated = {new: old for new, old in (repeated or {}).items() if new in source.tensors}
     assert {part.ours for part in table} == shapes.keys(), "the table covers other parameters"
     _check(table, shapes, source, {*ignore, *repeated})
     for repetition, original in repeated.items():
         _check_equal(source, repetition, original)
-    pieces: dict[str, list[_Piece]] = {}
-    for piece in _pieces(table, shapes):
-        pieces.setdefault(piece.part.ours, []).append(piece)
-    return jax.tree.map_with_path(
-        lambda path, target: _assemble(pieces[path_name(path)], source, target), targets
+    pieces = {Home(piece.part.ours, piece.part.layer): piece for piece in _pieces(table, shapes)}
+    dtypes: dict[str, np.dtype] = {}
+    for home, piece in pieces.items():
+        dtype = source.tensors[piece.part.theirs].dtype
+        dtypes[home.path] = _promoted(dtypes.get(home.path, dtype), dtype)
+    return Slices(
+        source.where,
+        shapes,
+        dtypes,
+        lambda home, rows: _read(pieces[home], source, rows),
+        source.release,
     )
+
+
+def _promoted(*dtypes: np.dtype) -> np.dtype:
+    return np.dtype(jnp.result_type(*dtypes))
 
 
 def _check(
@@ -169,18 +172,19 @@ def _check(
     """InputError unless the names and shapes are those of the table."""
     homes: dict[str, list[str]] = {}
     for part in table:
-        home = part.ours if part.layer is None else f"{part.ours}[{part.layer}]"
-        homes.setdefault(part.theirs, []).append(home)
+        homes.setdefault(part.theirs, []).append(str(Home(part.ours, part.layer)))
     problems = []
     for name, shape in their_shapes(table, shapes).items():
         fills = f"{' and '.join(homes[name])} needs it with shape {list(shape)}"
-        if name not in source.shapes:
+        if name not in source.tensors:
             problems.append(f"tensor {name!r} is missing: {fills}")
-        elif tuple(source.shapes[name]) != shape:
-            problems.append(f"tensor {name!r} has shape {list(source.shapes[name])}: {fills}")
+        elif tuple(source.tensors[name].shape) != shape:
+            problems.append(
+                f"tensor {name!r} has shape {list(source.tensors[name].shape)}: {fills}"
+            )
     problems += [
-        f"tensor {name!r} of shape {list(shape)} has no place in this model"
-        for name, shape in source.shapes.items()
+        f"tensor {name!r} of shape {list(tensor.shape)} has no place in this model"
+        for name, tensor in source.tensors.items()
         if name not in homes and name not in ignore
     ]
     if problems:
@@ -191,95 +195,74 @@ def _check(
 
 
 def _check_equal(source: Source, repetition: str, original: str) -> None:
-    new, old = source.read(repetition), source.read(original)
-    rows = 4096  # at a time
+    new, old = source.tensors[repetition].shape, source.tensors[original].shape
+    size = 4096  # rows at a time
+    parts = [slice(i, min(i + size, new[0])) for i in range(0, new[0], size)]
     if (
-        new.shape[1:] != old.shape[1:]
-        or len(new) > len(old)
+        new[1:] != old[1:]
+        or new[0] > old[0]
         or not all(
-            np.array_equal(new[i : i + rows], old[i : min(i + rows, len(new))])
-            for i in range(0, len(new), rows)
+            np.array_equal(source.read(repetition, rows), source.read(original, rows))
+            for rows in parts
         )
     ):
         raise InputError(
             f"weights in {source.where}: tensor {repetition!r} differs from {original!r}, though "
             "the config ties them; set tie_word_embeddings to false if that is what the model is"
         )
+    source.release()
 
 
-def _assemble(pieces: list[_Piece], source: Source, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """One parameter: a buffer per distinct shard of this process, filled tensor by tensor."""
-    sharding = target.sharding
-    assert sharding is not None
-    by_device = {
-        device: _bounds(index, target.shape)
-        for device, index in sharding.addressable_devices_indices_map(target.shape).items()
-    }
-    buffers = {
-        bounds: np.empty([stop - start for start, stop in bounds], target.dtype)
-        for bounds in by_device.values()
-    }
-    for piece in pieces:
-        values = _read(piece, source)
-        for bounds, buffer in buffers.items():
-            _copy(values, bounds, buffer, piece.part.layer)
-    arrays = [jax.device_put(buffers[bounds], device) for device, bounds in by_device.items()]
-    whole = jax.make_array_from_single_device_arrays(target.shape, sharding, arrays)
-    return jax.block_until_ready(whole)  # the buffers go before those of the next parameter come
-
-
-Bounds = tuple[tuple[int, int], ...]  # start and stop in each dimension
-
-
-def _bounds(index: Any, shape: Shape) -> Bounds:
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def _read(piece: _Piece, source: Source) -> np.ndarray:
-    part = piece.part
+def _read(piece: _Piece, source: Source, rows: slice) -> np.ndarray:
+    """Rows of ours; from a layout that has none, all of theirs is read."""
+    name, layout = piece.part.theirs, piece.part.layout
+    begin, end = (0, 1) if not piece.shape else rows.indices(piece.shape[0])[:2]
     try:
-        return part.layout.read(source.read(part.theirs)[piece.rows], piece.shape)
+        if not layout.by_rows:
+            whole = layout.read(source.read(name, piece.rows), piece.shape)
+            return whole[begin:end] if piece.shape else whole
+        step, first = piece.step, piece.rows.start
+        stored = source.read(name, slice(first + begin * step, first + end * step))
+        return layout.read(stored, (end - begin, *piece.shape[1:]))
     except InputError as error:
-        raise InputError(f"tensor {part.theirs!r} in {source.where}: {error}") from None
+        raise InputError(f"tensor {name!r} in {source.where}: {error}") from None
 
 
-def _copy(values: np.ndarray, bounds: Bounds, buffer: np.ndarray, layer: int | None) -> None:
-    """The part of one layer's values (or of an unstacked parameter's) that this shard holds."""
-    if layer is not None:
-        start, stop = bounds[0]
-        if not start <= layer < stop:
-            return
-        bounds, buffer = bounds[1:], buffer[layer - start, ...]
-    buffer[...] = values[tuple(slice(*b) for b in bounds)]
-
-
-def unload(table: Table, params: Params, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors in the order of the table, one at a time; by default of our dtypes."""
-    leaves = flatten(params)
-    assert {part.ours for part in table} == leaves.keys(), "the table covers other parameters"
-    by_name: dict[str, list[_Piece]] = {}
-    for piece in _pieces(table, {path: leaf.shape for path, leaf in leaves.items()}):
-        by_name.setdefault(piece.part.theirs, []).append(piece)
-    for name, pieces in by_name.items():
-        rows = [
-            piece.part.layout.write(
-                _slice(leaves[piece.part.ours], piece.part.layer), piece.their_shape
-            )
-            for piece in pieces
-        ]
-        whole = rows[0] if len(rows) == 1 else np.concatenate(rows)
-        yield name, whole.astype(dtype or whole.dtype, copy=False)
-
-
-@jax.jit
-def _take(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-
-
-def _slice(leaf: Any, layer: int | None) -> np.ndarray:
-    """On the host: of a stacked parameter only the one layer comes over."""
-    if layer is None:
-        return np.asarray(leaf)
-    return (
-        leaf[layer] if isinstance(leaf, np.ndarray) else np.asarray(_take(leaf, jnp.int32(layer)))
+def theirs(table: Table, slices: Slices) -> Source:
+    """Our parameters as a foreign checkpoint's tensors, in the order of the table."""
+    assert {part.ours for part in table} == slices.shapes.keys(), (
+        "the table covers other parameters"
     )
+    by_name: dict[str, list[_Piece]] = {}
+    for piece in _pieces(table, slices.shapes):
+        by_name.setdefault(piece.part.theirs, []).append(piece)
+    tensors = {}
+    for name, pieces in by_name.items():
+        shape = (pieces[-1].rows.stop, *pieces[-1].their_shape[1:])
+        dtype = _promoted(*(slices.dtypes[piece.part.ours] for piece in pieces))
+        tensors[name] = Tensor(shape, dtype, math.lcm(*(piece.step for piece in pieces)))
+
+    def read(name: str, rows: slice) -> np.ndarray:
+        begin, end, _ = rows.indices(tensors[name].shape[0])
+        parts = [_write(piece, slices, begin, end) for piece in by_name[name]]
+        parts = [part.astype(tensors[name].dtype, copy=False) for part in parts if len(part)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return Source(slices.where, tensors, read, slices.release)
+
+
+def _write(piece: _Piece, slices: Slices, begin: int, end: int) -> np.ndarray:
+    """What rows begin to end of their tensor have of this piece: whole steps of it."""
+    part, step = piece.part, piece.step
+    begin, end = max(begin, piece.rows.start), min(end, piece.rows.stop)
+    home = Home(part.ours, part.layer)
+    if begin >= end:
+        return np.empty((0, *piece.their_shape[1:]), slices.dtypes[part.ours])
+    if not part.layout.by_rows:
+        assert (begin, end) == (piece.rows.start, piece.rows.stop)
+        return part.layout.write(np.asarray(slices.read(home, ALL)), piece.their_shape)
+    assert (begin - piece.rows.start) % step == (end - piece.rows.start) % step == 0
+    first = begin - piece.rows.start
+    rows = slice(first // step, (end - piece.rows.start) // step)
+    values = np.asarray(slices.read(home, rows))
+    return part.layout.write(values, (end - begin, *piece.their_shape[1:]))

@@ -1,9 +1,7 @@
-"""Safetensors files: mapped into memory to read, written tensor by tensor."""
+"""Safetensors files: read mapped into memory, and planned to be written."""
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from l32jax.checkpoint.fields import read_json
-from l32jax.checkpoint.tables import Shape, Source
+from l32jax.checkpoint.flat_files import FlatFile, Place
+from l32jax.checkpoint.mapped import Mapped
+from l32jax.checkpoint.sources import Source
 from l32jax.errors import InputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,6 +23,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the tensors in a file
+PYTORCH = {"format": "pt"}  # transformers insists
 
 
 def open_directory(directory: Path) -> Source:
@@ -32,29 +33,33 @@ def open_directory(directory: Path) -> Source:
     tensor, or if a dtype is none of float32, float16, bfloat16.
     """
     if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
-        tensors = _open(_inside(directory, WEIGHTS))
-    else:
-        tensors = _open_indexed(directory)
-    return Source.of(tensors, str(directory))
-
-
-def _open_indexed(directory: Path) -> dict[str, np.ndarray]:
+        return open_file(_inside(directory, WEIGHTS))
     index = _inside(directory, INDEX)
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise InputError(f"weights in {index}: 'weight_map' must map tensors to files")
-    found: dict[str, np.ndarray] = {}
-    files = {file: _inside(directory, file) for file in sorted(set(listed.values()))}
-    for file, path in files.items():
-        tensors = _open(path)
-        wrong = {name for name, where in listed.items() if where == file} ^ tensors.keys()
-        if wrong:
+    paths = [_inside(directory, file) for file in sorted(set(listed.values()))]
+    sources = [open_file(path) for path in paths]
+    for path, source in zip(paths, sources, strict=True):
+        expected = {name for name, file in listed.items() if file == path.name}
+        if wrong := expected ^ source.tensors.keys():
             raise InputError(
                 f"weights in {path}: tensor {min(wrong)!r} is in the file or in "
                 f"{INDEX}, not in both; download the two again"
             )
-        found |= tensors
-    return found
+    return joined(sources, str(directory))
+
+
+def joined(sources: Sequence[Source], where: str) -> Source:
+    """The tensors of several files; no name is in two of them."""
+    owner = {name: source for source in sources for name in source.tensors}
+
+    def release() -> None:
+        for source in sources:
+            source.release()
+
+    tensors = {name: source.tensors[name] for name, source in owner.items()}
+    return Source(where, tensors, lambda name, rows: owner[name].read(name, rows), release)
 
 
 def _inside(directory: Path, name: str) -> Path:
@@ -79,18 +84,20 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _open(path: Path) -> dict[str, np.ndarray]:
-    """Views of a mapped file, whose header safetensors has checked: bounds, overlaps, sizes."""
+def open_file(path: Path) -> Source:
+    """A mapped file, whose header safetensors has checked: bounds, overlaps, sizes."""
     try:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"weights in {path}: {error}; download the file again") from None
-    content = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:begin].tobytes())
+    mapped = Mapped(path)
+    begin = 8 + int.from_bytes(mapped.content[:8].tobytes(), "little")
+    header = json.loads(mapped.content[8:begin].tobytes())
     header.pop("__metadata__", None)
-    return {name: _view(content[begin:], entry, name, path) for name, entry in header.items()}
+    content = mapped.content[begin:]
+    arrays = {name: _view(content, entry, name, path) for name, entry in header.items()}
+    return Source.of(arrays, str(path), mapped.release)
 
 
 def _view(content: np.ndarray, entry: dict[str, Any], name: str, path: Path) -> np.ndarray:
@@ -103,64 +110,55 @@ def _view(content: np.ndarray, entry: dict[str, Any], name: str, path: Path) -> 
     return content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def save_directory(
-    directory: Path,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    shapes: Mapping[str, Shape],
-    dtype: Any,
-    max_file_bytes: int,
-) -> None:
-    """Writes `model.safetensors`, or several files and their index if one would be too large.
+def plan_files(source: Source, max_file_bytes: int) -> list[FlatFile]:
+    """`model.safetensors`, or several files if one would be too large; see `index_of`."""
+    parts = _split(source, max_file_bytes)
+    if len(parts) == 1:
+        return [plan_file(source, parts[0], WEIGHTS)]
+    return [
+        plan_file(source, names, f"model-{number:05}-of-{len(parts):05}.safetensors")
+        for number, names in enumerate(parts, start=1)
+    ]
 
-    `shapes` are those of `tensors`, in the same order; one tensor at a time is in memory.
-    """
-    dtype = np.dtype(dtype)
-    files = _split(shapes, dtype, max_file_bytes)
-    stream = iter(tensors)
-    if len(files) == 1:
-        _save(directory / WEIGHTS, stream, shapes, dtype)
-        return
-    weight_map = {}
-    for number, names in enumerate(files, start=1):
-        file = f"model-{number:05}-of-{len(files):05}.safetensors"
-        part = {name: shapes[name] for name in names}
-        _save(directory / file, islice(stream, len(names)), part, dtype)
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+
+def index_of(files: Sequence[FlatFile]) -> bytes:
+    """The content of `model.safetensors.index.json`."""
+    total = sum(place.size for file in files for place in file.places.values())
+    weight_map = {name: file.name for file in files for name in file.places}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _split(shapes: Mapping[str, Shape], dtype: np.dtype, max_bytes: int) -> list[list[str]]:
+def plan_file(
+    source: Source, names: Iterable[str], file: str, metadata: Mapping[str, str] = PYTORCH
+) -> FlatFile:
+    """One file of these tensors, in this order, each in the dtype that the source gives."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = source.tensors[name]
+        begin, end = end, end + tensor.nbytes
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    del header["__metadata__"]
+    places = {
+        name: Place(len(head) + entry["data_offsets"][0], source.tensors[name].nbytes)
+        for name, entry in header.items()
+    }
+    return FlatFile(file, len(head) + end, head, source, places)
+
+
+def _split(source: Source, max_bytes: int) -> list[list[str]]:
     """Names of the tensors of each file, in order."""
     files: list[list[str]] = [[]]
     used = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        if used + size > max_bytes and files[-1]:
+    for name, tensor in source.tensors.items():
+        if used + tensor.nbytes > max_bytes and files[-1]:
             files.append([])
             used = 0
         files[-1].append(name)
-        used += size
+        used += tensor.nbytes
     return files
-
-
-def _save(
-    path: Path,
-    tensors: Iterator[tuple[str, np.ndarray]],
-    shapes: Mapping[str, Shape],
-    dtype: np.dtype,
-) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        header[name] = entry
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
-            assert name == expected and tensor.shape == shape and tensor.dtype == dtype, name
-            file.write(np.ascontiguousarray(tensor).view(np.uint8).data)

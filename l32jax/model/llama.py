@@ -14,9 +14,9 @@ from l32jax.model.attention import Interval
 from l32jax.model.cache import Cache
 from l32jax.model.decoder import Decoder, Saved
 from l32jax.model.layers import Projection
-from l32jax.model.parameters import Params
+from l32jax.model.parameters import Params, flatten
 from l32jax.model.vision import VisionEncoder
-from l32jax.sharding import activation_spec
+from l32jax.sharding import activation_spec, single_device_mesh
 
 Batch = dict[str, Array]
 AUTO = AttentionConfig()
@@ -101,6 +101,12 @@ def init_params(config: LlamaConfig, key: Array, dtype: Any = jnp.float32) -> Pa
 def abstract_params(config: LlamaConfig, dtype: Any = jnp.float32) -> Params:
     """Shapes, dtypes and shardings of `init_params`, without allocating anything."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+
+
+def shapes_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its path."""
+    with jax.set_mesh(single_device_mesh()):
+        return {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
 
 
 class Output(NamedTuple):

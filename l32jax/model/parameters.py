@@ -21,6 +21,11 @@ def flatten(params: Params) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a parameter has one entry a layer, on its first axis."""
+    return any(name.endswith("blocks") for name in path.split("/"))
+
+
 def part_of(path: str, config: LlamaConfig) -> Part:
     """Which of the three parts, that are frozen and trained as a whole, a parameter belongs to.
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from l32jax.checkpoint import hugging_face
-from l32jax.checkpoint.tables import Source
+from l32jax.checkpoint.hugging_face_config import read_config
+from l32jax.checkpoint.slices import load
+from l32jax.checkpoint.sources import Source
 from tests import golden
 from tests.checkpoint_tests.weights import assert_same, random_params, targets
 
@@ -127,16 +129,18 @@ def test_what_transformers_saves_loads_bit_by_bit(name, exported, request, tmp_p
     model = request.getfixturevalue(f"{name}_model")
     model.save_pretrained(tmp_path)
     assert "rope_parameters" in json.dumps(json.loads((tmp_path / "config.json").read_text()))
-    config = hugging_face.read_config(tmp_path)
+    config = read_config(tmp_path)
     assert config == (golden.VISION if name == "vision" else golden.TEXT)
-    assert_same(hugging_face.load(tmp_path, config, targets(config)), exported[1][name])
+    assert_same(
+        load(hugging_face.open_directory(tmp_path, config), targets(config)), exported[1][name]
+    )
 
 
 def test_names_of_a_vision_model_in_memory_load_too(exported, vision_model):
     arrays = {name: tensor.numpy() for name, tensor in vision_model.state_dict().items()}
     assert "model.language_model.norm.weight" in arrays
     source = Source.of(arrays, "memory")
-    ours = hugging_face.load_tensors(source, golden.VISION, targets(golden.VISION))
+    ours = load(hugging_face.open_tensors(source, golden.VISION), targets(golden.VISION))
     assert_same(ours, exported[1]["vision"])
 
 
@@ -153,9 +157,9 @@ def test_tied_text_model_crosses_both_ways(tmp_path):
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = hugging_face.read_config(tmp_path / "theirs")
+    ours = read_config(tmp_path / "theirs")
     assert ours.decoder.tied_embedding and ours.decoder.rope_scaling is None
-    params = hugging_face.load(tmp_path / "theirs", ours, targets(ours))
+    params = load(hugging_face.open_directory(tmp_path / "theirs", ours), targets(ours))
     tokens = np.random.default_rng(0).integers(0, 99, (2, 17))
     expected = run(theirs, input_ids=tokens)
     np.testing.assert_allclose(golden.logits(ours, params, tokens), expected, rtol=0, atol=LIMIT)

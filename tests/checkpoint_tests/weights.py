@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from l32jax.checkpoint.slices import Slices
+from l32jax.checkpoint.tables import Table, theirs
 from l32jax.config import LlamaConfig
 from l32jax.model.llama import abstract_params
 from l32jax.model.parameters import Params, flatten, on_mesh, path_name
@@ -37,6 +39,12 @@ def random_params(config: LlamaConfig, mesh: Mesh | None = None, *, seed: int = 
         return jax.device_put(values.astype(target.dtype), target.sharding)
 
     return jax.tree.map_with_path(fill, targets(config, mesh))
+
+
+def tensors_of(table: Table, params: Params) -> dict[str, np.ndarray]:
+    """Our parameters as another format's tensors, all of them in memory."""
+    source = theirs(table, Slices.of(params))
+    return {name: source.read(name, slice(None)) for name in source.tensors}
 
 
 def assert_same(ours: Params, theirs: Params) -> None:

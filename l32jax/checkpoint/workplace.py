@@ -1,0 +1,157 @@
+"""Where a checkpoint is made before it is one: a folder beside the destination, and its journal.
+
+    <destination>.unfinished/journal.jsonl  what is being made of what, then a line a finished unit
+    <destination>.unfinished/lock           one writer at a time
+    <destination>.unfinished/content/       what takes the destination's name in the end
+
+A kill at any point leaves the folder, and `resume` goes on with it; what carries the destination's
+name is whole.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from l32jax.checkpoint import digests
+from l32jax.checkpoint.manifest import MANIFEST, beside
+from l32jax.errors import InputError
+
+UNFINISHED, JOURNAL, CONTENT = ".unfinished", "journal.jsonl", "content"
+MARGIN = 64 << 20  # bytes that a file system needs for itself
+
+Record = dict[str, Any]  # what is to be remembered of a finished unit; JSON
+
+
+class Workplace:
+    """Held by one process. `directory` is where to write, `done` what was written before.
+
+    `task` is what identifies the work: only the same can be resumed, None never. Use as a context
+    manager: an InputError removes everything (its source is bad), anything else leaves it for
+    `resume`.
+    """
+
+    def __init__(self, destination: Path, task: Mapping[str, Any] | None, *, resume: bool = False):
+        assert task is not None or not resume
+        self.destination = destination.absolute()
+        if self.destination.exists():
+            raise InputError(f"destination {str(destination)!r}: it exists; choose another name")
+        self._home = self.destination.with_name(self.destination.name + UNFINISHED)
+        self.directory = self._home / CONTENT
+        self._resumable = task is not None
+        self._lock = self._take_lock()
+        self._mutex = threading.Lock()
+        try:
+            self.done = self._resume(dict(task)) if task and resume else self._begin(task)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "Workplace":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None and (issubclass(kind, InputError) or not self._resumable):
+            shutil.rmtree(self._home, ignore_errors=True)
+        self._lock.close()
+
+    def require_room(self, size: int) -> None:
+        """InputError if fewer than `size` bytes are free, beside what is written already."""
+        there = sum(path.stat().st_blocks * 512 for path in self.directory.rglob("*"))
+        free = shutil.disk_usage(self._home).free
+        if free + there < size + MARGIN:
+            raise InputError(
+                f"destination {str(self.destination)!r}: it needs {size / 2**30:.1f} GiB, "
+                f"{(free + there) / 2**30:.1f} are free; make room, or choose another disk"
+            )
+
+    def record(self, unit: str, record: Record) -> None:
+        """Remembers a unit whose bytes are on the disk."""
+        with self._mutex:
+            self.done[unit] = record
+            self._append({"unit": unit, "record": record})
+
+    def finish(self, single: str | None = None) -> None:
+        """Gives the content its destination's name; with `single`, the one file of that name.
+
+        The manifest of a single file is put beside it.
+        """
+        for path in [*self.directory.rglob("*"), self.directory]:
+            digests.sync(path)
+        if single:
+            os.replace(self.directory / MANIFEST, beside(self.destination))
+        os.rename(self.directory / single if single else self.directory, self.destination)
+        digests.sync(self.destination.parent)
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def _take_lock(self) -> IO[bytes]:
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            file = (self._home / "lock").open("ab")
+        except OSError as error:
+            raise InputError(
+                f"destination {str(self.destination)!r}: {error.strerror}; "
+                "choose a place that can be written to"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise InputError(
+                f"destination {str(self.destination)!r}: another process is writing it; "
+                "wait for it, or stop it"
+            ) from error
+        return file
+
+    def _begin(self, task: Mapping[str, Any] | None) -> dict[str, Record]:
+        if self._resumable and (self._home / JOURNAL).exists():
+            raise InputError(
+                f"destination {str(self.destination)!r}: an unfinished one is in "
+                f"{self._home.name}; go on with it by --resume, or remove it"
+            )
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir()
+        (self._home / JOURNAL).unlink(missing_ok=True)
+        self._append({"task": task and dict(task)})
+        return {}
+
+    def _resume(self, task: Record) -> dict[str, Record]:
+        lines = self._lines()
+        if not lines:
+            return self._begin(task)
+        begun = lines[0].get("task") or {}
+        if changed := [name for name in task if begun.get(name) != task[name]]:
+            name = changed[0]
+            raise InputError(
+                f"destination {str(self.destination)!r}: its unfinished one has {name} "
+                f"{begun.get(name)!r}, this is {task[name]!r}; remove {self._home.name}, or give "
+                "the same"
+            )
+        return {line["unit"]: line["record"] for line in lines[1:]}
+
+    def _lines(self) -> list[Record]:
+        """The journal, without a last line that a kill has cut off."""
+        path = self._home / JOURNAL
+        if not path.exists():
+            return []
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            raise InputError(
+                f"destination {str(self.destination)!r}: the journal in {self._home.name} is "
+                "damaged; remove that folder, and begin again"
+            ) from None
+
+    def _append(self, line: Record) -> None:
+        with (self._home / JOURNAL).open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
