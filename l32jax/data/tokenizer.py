@@ -1,29 +1,22 @@
 """Text to token ids and back: byte-pair encoding by tiktoken, from any of the family's files."""
 
-import base64
 import codecs
 import difflib
 import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import SupportsIndex
 
 import tiktoken
 
-from l32jax.data.tokenizer_files import parse_ranks, read_vocabulary
-from l32jax.data.vocabulary import Vocabulary, llama3_vocabulary, stop_ids
+from l32jax.data.rank_file import meta_file
+from l32jax.data.tokenizer_export import hugging_face_files
+from l32jax.data.tokenizer_files import RANKS_FILE, parse_files, read_vocabulary
+from l32jax.data.vocabulary import IMAGE, Vocabulary, llama3_vocabulary
 from l32jax.errors import InputError
 
-IMAGE = "<|image|>"
-LLAMA3_FORMAT = frozenset(
-    f"<|{name}|>"
-    for name in (
-        *("begin_of_text", "end_of_text", "start_header_id", "end_header_id"),
-        *("eot_id", "eom_id", "python_tag", "finetune_right_pad_id"),
-    )
-)
 # Bounds of Meta's encoder: tiktoken's regular expression is slow or fails on longer stretches.
 MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
@@ -47,26 +40,25 @@ class Tokenizer:
         keeps a separate embedding for it. None for tokenizers that are not Llama 3's.
       is_llama3: whether it has Llama 3's chat tokens. chat_template: Jinja source, if any.
       specials: name of every special token, and its id.
+      vocabulary: what the file said, from which files of other formats are made.
     """
 
     def __init__(self, vocabulary: Vocabulary):
         specials = dict(vocabulary.specials)
-        self.is_llama3 = specials.keys() >= LLAMA3_FORMAT
+        self.is_llama3 = vocabulary.is_llama3
         # Meta's table gives the image 128011, Hugging Face 128256 or nothing; models always take
         # the id after the last.
         image_id_of_file = specials.pop(IMAGE, None) if self.is_llama3 else None
         ids = [i for i in vocabulary.ids if i is not None]
         self.num_tokens = 1 + max([*ids, *vocabulary.unreachable, *specials.values()])
-        self.bos_id, self.stop_ids = vocabulary.bos_id, vocabulary.stop_ids
-        self.pad_id, self.image_id = vocabulary.pad_id, None
+        self.image_id = None
         if self.is_llama3:
-            self.bos_id = specials["<|begin_of_text|>"]
-            self.stop_ids = stop_ids(specials, eos=None)
-            self.pad_id = specials["<|finetune_right_pad_id|>"]
             self.image_id = specials[IMAGE] = self.num_tokens
+        self.bos_id = vocabulary.bos_id if vocabulary.adds_bos else None
+        self.stop_ids, self.pad_id = vocabulary.stop_ids, vocabulary.pad_id
         self.specials = specials
         self.chat_template = vocabulary.chat_template
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._build_encoder(vocabulary)
         self._bytes = self._bytes_by_id(vocabulary, image_id_of_file)
 
@@ -105,9 +97,9 @@ class Tokenizer:
         return cls(read_vocabulary(path))
 
     @classmethod
-    def from_bytes(cls, content: bytes, where: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer whose `to_bytes` gave `content`."""
-        return cls(parse_ranks(content, where))
+    def from_files(cls, files: Mapping[str, bytes], where: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer whose `files` these are; `where` they come from is for errors."""
+        return cls(parse_files(files, where))
 
     @classmethod
     def bytes_only(cls) -> "Tokenizer":
@@ -158,17 +150,18 @@ class Tokenizer:
                 )
         return b"".join(self._bytes[i] for i in ids)
 
+    def files(self) -> dict[str, bytes]:
+        """Contents by name: Meta's file if that says everything, else Hugging Face's three.
+
+        Hugging Face's take a second or two for Llama 3's 128,256 tokens.
+        """
+        if self.vocabulary == llama3_vocabulary(self.vocabulary.pieces):
+            return {RANKS_FILE: meta_file(self.vocabulary)}
+        return hugging_face_files(self.vocabulary)
+
     def to_bytes(self) -> bytes:
         """Meta's tokenizer.model, from which `from_file` makes the same tokenizer."""
-        pieces = self._vocabulary.pieces
-        rebuilt = llama3_vocabulary(pieces)
-        same_ids = self.is_llama3 and self._vocabulary.ids == rebuilt.ids
-        if not same_ids or any(self.specials[n] != rebuilt.specials[n] for n in LLAMA3_FORMAT):
-            raise InputError(
-                "tokenizer of this model: only Llama 3's can be written as ranks, and this one has "
-                "other special tokens; copy its original file instead"
-            )
-        return b"".join(base64.b64encode(p) + b" %d\n" % rank for rank, p in enumerate(pieces))
+        return meta_file(self.vocabulary)
 
 
 class StreamDecoder:

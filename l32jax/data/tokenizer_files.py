@@ -4,20 +4,24 @@ The kind of file is told by its content. Every file is hostile until read: sizes
 whatever is wrong becomes one InputError that names the file and the reason.
 """
 
-import base64
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
 from l32jax.data.gguf_header import read_header
+from l32jax.data.rank_file import read_ranks
 from l32jax.data.vocabulary import (
     DIGITS_GPT2_PATTERN,
+    GGUF_CONTROL,
+    GGUF_NORMAL,
+    GGUF_PATTERNS,
+    GGUF_USER_DEFINED,
     GPT2_PATTERN,
     LLAMA3_PATTERN,
-    LLAMA3_RANKS,
     Vocabulary,
     byte_level_vocabulary,
     llama3_vocabulary,
@@ -26,15 +30,10 @@ from l32jax.data.vocabulary import (
 from l32jax.errors import InputError
 
 MAX_BYTES = 64 << 20
-GGUF_PATTERNS = {
-    "llama-bpe": LLAMA3_PATTERN,
-    "llama3": LLAMA3_PATTERN,
-    "gpt-2": GPT2_PATTERN,
-    "smollm": DIGITS_GPT2_PATTERN,
-}
 # What a splitting expression must keep: all of ASCII, and some of each class of character.
 PROBE = "".join(map(chr, range(0x20, 0x7F))) + "  It's 1234\n\n\tÜber  日本語 "
-GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
+RANKS_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"  # beside JSON_FILE
 
 
 def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
@@ -42,25 +41,29 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     file = Path(path)
     if file.is_dir():
         file = _tokenizer_file_in(file)
-    data = _read(file)
+    neighbours = (file.with_name(name) for name in (CONFIG_FILE, TEMPLATE_FILE))
+    return _parse(file, _read(file), {n.name: _read(n) for n in neighbours if n.is_file()})
+
+
+def parse_files(files: Mapping[str, bytes], where: str | os.PathLike[str]) -> Vocabulary:
+    """The same from the contents of files by name; the folder `where` they stand is for errors."""
+    for name in (RANKS_FILE, JSON_FILE):
+        if name in files:
+            return _parse(Path(where, name), files[name], files)
+    raise _absent(where, f"no {RANKS_FILE} or {JSON_FILE}")
+
+
+def _parse(file: Path, data: bytes, neighbours: Mapping[str, bytes]) -> Vocabulary:
     try:
         if data.startswith(b"GGUF"):
             return _from_gguf(read_header(data, prefix="tokenizer."))
         if len(data) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
         if data.lstrip()[:1] == b"{":
-            return _from_json(json.loads(data), *_json_neighbours(file))
-        return llama3_vocabulary(_read_ranks(data))
+            return _from_json(json.loads(data), *_json_neighbours(file, neighbours))
+        return llama3_vocabulary(read_ranks(data))
     except (ValueError, RecursionError) as error:
         raise _unreadable(file, error) from error
-
-
-def parse_ranks(data: bytes, where: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary of a tokenizer.model's content; `where` it came from is for errors."""
-    try:
-        return llama3_vocabulary(_read_ranks(data))
-    except ValueError as error:
-        raise _unreadable(where, error) from error
 
 
 def _unreadable(file: str | os.PathLike[str], error: Exception) -> InputError:
@@ -73,14 +76,14 @@ def _unreadable(file: str | os.PathLike[str], error: Exception) -> InputError:
 
 
 def _tokenizer_file_in(folder: Path) -> Path:
-    candidates = [folder / "tokenizer.model", folder / "tokenizer.json"]
-    for file in candidates + sorted(folder.glob("*.gguf")):
+    for file in [folder / RANKS_FILE, folder / JSON_FILE, *sorted(folder.glob("*.gguf"))]:
         if file.is_file():
             return file
-    raise InputError(
-        f"tokenizer in {folder}: no tokenizer.model, tokenizer.json or *.gguf there; "
-        "give the folder of a downloaded model"
-    )
+    raise _absent(folder, f"no {RANKS_FILE}, {JSON_FILE} or *.gguf")
+
+
+def _absent(where: str | os.PathLike[str], what: str) -> InputError:
+    return InputError(f"tokenizer in {where}: {what} there; give the folder of a downloaded model")
 
 
 def _read(file: Path) -> bytes:
@@ -92,40 +95,6 @@ def _read(file: Path) -> bytes:
         raise InputError(
             f"tokenizer in {file}: {error.strerror or error}; give a readable file"
         ) from error
-
-
-def _read_ranks(data: bytes) -> list[bytes]:
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
-        piece, rank = _rank_line(line, number)
-        if piece in ranks:
-            raise ValueError(f"line {number} repeats the token of rank {ranks[piece]}")
-        ranks[piece] = rank
-    _check_ranks(ranks)
-    return sorted(ranks, key=ranks.__getitem__)
-
-
-def _rank_line(line: bytes, number: int) -> tuple[bytes, int]:
-    try:
-        encoded, rank = line.split()
-        piece = base64.b64decode(encoded, validate=True)
-        if piece and rank.isdigit():
-            return piece, int(rank)
-    except ValueError:
-        pass
-    raise ValueError(f"line {number} is not 'base64 rank'")
-
-
-def _check_ranks(ranks: dict[bytes, int]) -> None:
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"its ranks are not 0 to {len(ranks) - 1}, each once")
-    if len(ranks) > LLAMA3_RANKS:
-        raise ValueError(f"it has {len(ranks)} ranks and Llama 3 has {LLAMA3_RANKS}")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(f"it has no token for the byte 0x{missing[0]:02x}")
 
 
 def _from_json(content: dict[str, Any], config: dict[str, Any], template: str | None) -> Vocabulary:
@@ -151,8 +120,10 @@ def _from_json(content: dict[str, Any], config: dict[str, Any], template: str | 
         tokens,
         [_merge(merge) for merge in merges],
         specials,
+        ignore_merges=bool(model.get("ignore_merges")),
         pattern=_json_pattern(content.get("pre_tokenizer")),
-        bos_id=named["bos"] if config.get("add_bos_token") else None,
+        bos_id=named["bos"],
+        adds_bos=named["bos"] is not None and bool(config.get("add_bos_token")),
         stop_ids=stop_ids(specials, named["eos"]),
         pad_id=pad,
         chat_template=template,
@@ -217,23 +188,27 @@ def _keeps_all_text(regex: str) -> bool:
         raise
 
 
-def _json_neighbours(file: Path) -> tuple[dict[str, Any], str | None]:
+def _json_neighbours(file: Path, files: Mapping[str, bytes]) -> tuple[dict[str, Any], str | None]:
     """tokenizer_config.json and the chat template beside a tokenizer.json, as far as present."""
-    config_file, template_file = (
-        file.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja")
-    )
+    config = _neighbour(file, files, CONFIG_FILE, _json_object)
+    template = _neighbour(file, files, TEMPLATE_FILE, bytes.decode)
+    return config or {}, template or _default_template((config or {}).get("chat_template"))
+
+
+def _neighbour(
+    file: Path, files: Mapping[str, bytes], name: str, parse: Callable[[bytes], Any]
+) -> Any:
     try:
-        config = json.loads(_read(config_file)) if config_file.is_file() else {}
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
+        return parse(files[name]) if name in files else None
     except (ValueError, RecursionError) as error:
-        raise _unreadable(config_file, error) from error
-    if template_file.is_file():
-        try:
-            return config, _read(template_file).decode()
-        except ValueError as error:
-            raise _unreadable(template_file, error) from error
-    return config, _default_template(config.get("chat_template"))
+        raise _unreadable(file.with_name(name), error) from error
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    content = json.loads(data)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
 
 
 def _default_template(template: Any) -> str | None:
@@ -264,27 +239,33 @@ def _from_gguf(header: dict[str, Any]) -> Vocabulary:
     tokens = {n: i for i, (n, t) in enumerate(zip(names, types, strict=True)) if t == GGUF_NORMAL}
     special_types = (GGUF_CONTROL, GGUF_USER_DEFINED)
     specials = {n: i for i, n in enumerate(names) if types[i] in special_types}
-    eos = _gguf_id(header, "eos", len(names))
-    pad = _gguf_id(header, "padding", len(names))
+    bos, eos, pad = (_gguf_id(header, role, names, specials) for role in ("bos", "eos", "padding"))
     template = header.get("tokenizer.chat_template")
     adds_bos = header.get("tokenizer.ggml.add_bos_token")
     return byte_level_vocabulary(
         tokens,
         [_merge(merge) for merge in merges],
         specials,
+        ignore_merges=GGUF_PATTERNS[pre] == LLAMA3_PATTERN,  # llama.cpp goes by the name too
         pattern=GGUF_PATTERNS[pre],
-        bos_id=_gguf_id(header, "bos", len(names)) if adds_bos else None,
+        bos_id=bos,
+        adds_bos=bos is not None and bool(adds_bos),
         stop_ids=stop_ids(specials, eos),
         pad_id=eos if pad is None else pad,
         chat_template=template if isinstance(template, str) else None,
     )
 
 
-def _gguf_id(header: dict[str, Any], role: str, size: int) -> int | None:
+def _gguf_id(
+    header: dict[str, Any], role: str, names: list[str], specials: dict[str, int]
+) -> int | None:
+    """The special token of a role; an ordinary token in it would be lost to text."""
     value = header.get(f"tokenizer.ggml.{role}_token_id")
-    if value is not None and not (isinstance(value, int) and 0 <= value < size):
-        raise ValueError(f"its {role} token {value!r} is not one of its {size} tokens")
-    return value
+    if value is None:
+        return None
+    if not (isinstance(value, int) and 0 <= value < len(names)):
+        raise ValueError(f"its {role} token {value!r} is not one of its {len(names)} tokens")
+    return value if names[value] in specials else None
 
 
 def _merge(merge: Any) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,6 @@ from l32jax.train.report import Report
 from l32jax.train.step import TrainState, begin_stage, init_state, make_train_step
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILE = "tokenizer.model"
 
 
 class Interrupted(Exception):
@@ -76,6 +74,7 @@ def run_stage(
         first, last = int(state.step), stage.num_steps
         if first == last:
             return state
+        tokenizer_files = tokenizer.files()
         objective = partial(
             next_token,
             dtype=jnp.dtype(config.dtype),
@@ -93,7 +92,7 @@ def run_stage(
                 done = index + 1
                 stopping = stop()  # asked once a step: a signal may come between two answers
                 if stopping or done == last or done % config.save_every == 0:
-                    _save(store, done, state, batches, config, tokenizer)
+                    _save(store, done, state, batches, config, tokenizer_files)
                 if stopping:
                     store.wait()
                     raise Interrupted(stage.name, done)
@@ -134,7 +133,7 @@ def _save(
     state: TrainState,
     batches: Batches,
     config: TrainConfig,
-    tokenizer: Tokenizer,
+    tokenizer_files: Mapping[str, bytes],
 ) -> None:
     """Training outlives a full disk: the step is lost, and the next one is tried."""
     try:
@@ -143,7 +142,7 @@ def _save(
             state,
             config_json=to_json(config),
             iterator_state=batches.get_state(),
-            extra_files={TOKENIZER_FILE: tokenizer.to_bytes()},
+            extra_files=tokenizer_files,
         )
     except SaveError as error:
         logger.warning("%s", error)

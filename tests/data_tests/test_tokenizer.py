@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from l32jax.data import tokenizer as tokenizer_module
@@ -305,8 +305,22 @@ def smollm2_oracle():
     return oracle
 
 
+def has_every_byte(tokenizer: Tokenizer, text: str) -> bool:
+    """Else Hugging Face merges what stands on both sides of a lost byte, and we do not."""
+    vocabulary = tokenizer.vocabulary
+    tokens = zip(vocabulary.pieces, vocabulary.ids, strict=True)
+    lost = {piece[0] for piece, i in tokens if i is None}
+    return lost.isdisjoint(text.encode(errors="replace"))
+
+
+def test_a_byte_without_a_token_is_dropped_after_merging(smollm2):
+    colon = smollm2.encode(":")
+    assert smollm2.encode(":\x16:") == colon + colon != smollm2.encode("::")
+
+
 @given(text=TEXT)
 def test_smollm2_encodes_as_the_tokenizers_library_does(smollm2, smollm2_oracle, text):
+    assume(has_every_byte(smollm2, text))
     assert smollm2.encode(text) == smollm2_oracle.encode(text, add_special_tokens=False).ids
 
 
@@ -341,6 +355,7 @@ def rank_lines(small) -> list[bytes]:
         (lambda lines: [b"!!!! 0", *lines[1:]], "line 1 is not 'base64 rank'"),
         (lambda lines: [lines[0] + b" 7", *lines[1:]], "line 1 is not"),
         (lambda lines: [b"= 0", *lines[1:]], "line 1 is not"),
+        (lambda lines: [b"QUJD" * 200 + b" 0", *lines[1:]], "line 1 is not"),
         (lambda lines: [lines[0].replace(b" 0", b" -0"), *lines[1:]], "line 1 is not"),
         (lambda lines: [*lines, lines[5]], "line 317 repeats the token of rank 5"),
         (lambda lines: [*lines, b"QUJD 5"], "ranks are not 0 to 316, each once"),
@@ -389,6 +404,7 @@ def test_foreign_tokenizer_json_is_refused(small, tmp_path, where, value, reason
         ("vocab", {"▁the": 0}, "'▁the' shows that it is not byte-level"),
         ("vocab", {"a": "zero"}, "an id is not a number"),
         ("vocab", {}, "it has no tokens"),
+        ("vocab", {"a" * 600: 0}, "is longer than 512 bytes"),
         ("byte_fallback", True, "'byte_fallback' shows"),
         ("end_of_word_suffix", "</w>", "'end_of_word_suffix' shows"),
         ("merges", ["a b c"], "is not a merge of two tokens"),
