@@ -1,30 +1,37 @@
-"""GGUF files of Llama text models (llama.cpp): read, dequantised tensor by tensor."""
+"""GGUF files of Llama text models (llama.cpp): read, unpacked as rows are asked for."""
 
-import importlib
 import os
 
 import numpy as np
 
 from l32jax.checkpoint import gguf_file
 from l32jax.checkpoint.fields import MAX_LAYERS, Fields, short
+from l32jax.checkpoint.slices import Slices
+from l32jax.checkpoint.sources import Source, Tensor
 from l32jax.checkpoint.tables import (
     HEADS_IN,
     HEADS_OUT,
     ROTARY_PAIRS,
     Part,
-    Source,
     Table,
     addresses,
+    ours,
     placed,
 )
-from l32jax.checkpoint.tables import load as load_table
 from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling
 from l32jax.errors import InputError
-from l32jax.model.parameters import Params
+from l32jax.model.llama import shapes_of
 from l32jax.model.rope import frequencies
 
 # llama.cpp's converter stores no scaling parameters, but the divisor of each rotary frequency.
 ROPE_DIVISORS = "rope_freqs.weight"
+NO_VISION = (
+    "llama.cpp has no layout for Llama 3.2 Vision in GGUF; use the format of Hugging Face (hf)"
+)
+ELSEWHERE = {
+    "mllama": f"which only Ollama reads; {NO_VISION}",
+    "clip": f"the image encoder of another family; {NO_VISION}",
+}
 
 BLOCK = (
     Part("attention_norm/scale", "attn_norm.weight"),
@@ -48,8 +55,8 @@ def table(config: LlamaConfig) -> Table:
     if not config.decoder.tied_embedding:
         parts.append(Part("decoder/head/weight", "output.weight"))
     for address in addresses(config.decoder):
-        ours = f"decoder/groups/blocks/{address.slot}/"
-        parts += placed(BLOCK, ours, f"blk.{address.layer}.", address.group)
+        home = f"decoder/groups/blocks/{address.slot}/"
+        parts += placed(BLOCK, home, f"blk.{address.layer}.", address.group)
     return parts
 
 
@@ -59,36 +66,66 @@ def read_config(path: str | os.PathLike) -> LlamaConfig:
     InputError if the file is damaged, if it holds anything but a Llama, or if a key says what this
     package does not implement.
     """
-    file = gguf_file.read(path)
-    architecture = file.metadata.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(
-            f"'general.architecture' in {path}: it is {short(architecture)}, expected 'llama'; "
-            "only Llama text models are read from GGUF"
-        )
+    file = _open(path)
     prefix = "llama."
-    values = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
+    # No key that is read here has an array: of one, its begin is enough for the refusal.
+    values = {
+        key.removeprefix(prefix): value[:8].tolist() if isinstance(value, np.ndarray) else value
+        for key, value in file.metadata.items()
+        if key.startswith(prefix)
+    }
     fields = Fields(values, str(path))
     config = LlamaConfig(decoder=_decoder(fields, file))
     fields.close()
     return config
 
 
-def load(path: str | os.PathLike, config: LlamaConfig, targets: Params) -> Params:
-    """The file's weights, dequantised to the dtypes of `targets`, and placed as it says.
+def open_file(path: str | os.PathLike, config: LlamaConfig) -> Slices:
+    """The file's weights: F32, F16 and BF16 as they are, all others dequantised to float32.
 
     InputError if the file is damaged, or a tensor is missing, too many or of another shape.
     """
-    file = gguf_file.read(path)
+    file = _open(path)
     decoder = config.decoder
     if _rope_scaling(file, decoder.head_dim, decoder.rope_theta) != decoder.rope_scaling:
         raise InputError(
             f"tensor {ROPE_DIVISORS!r} in {path}: its rotary scaling is not rope_scaling="
             f"{decoder.rope_scaling}; load with the config that read_config gives"
         )
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    source = Source(str(path), shapes, lambda name: _dequantised(file, name))
-    return load_table(table(config), source, targets, ignore={ROPE_DIVISORS})
+    tensors = {
+        name: Tensor(tensor.shape, tensor.kind.dtype) for name, tensor in file.tensors.items()
+    }
+    source = Source(str(path), tensors, file.read, file.mapped.release)
+    return ours(table(config), source, shapes_of(config), ignore={ROPE_DIVISORS})
+
+
+def rope_divisors(decoder: DecoderConfig) -> np.ndarray | None:
+    """What llama.cpp divides the rotary frequencies by: float32 [head_dim / 2], None for nothing.
+
+    1 up to 1 / high_freq_factor of the original context, and the scaling's factor in the end.
+    """
+    if decoder.rope_scaling is None:
+        return None
+    size, theta = decoder.head_dim, decoder.rope_theta
+    plain = frequencies(size, theta=theta, scaling=None).astype(np.float64)
+    scaled = frequencies(size, theta=theta, scaling=decoder.rope_scaling)
+    return (plain / scaled).astype(np.float32)
+
+
+def _open(path: str | os.PathLike) -> gguf_file.File:
+    """InputError unless it is a whole text model of Llama's."""
+    file = gguf_file.read(path)
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture != "llama":
+        why = ELSEWHERE.get(str(architecture), "expected 'llama'; only Llama text models are read")
+        raise InputError(f"'general.architecture' in {path}: it is {short(architecture)}, {why}")
+    parts = file.metadata.get("split.count", 0)
+    if type(parts) is not int or parts > 1:
+        raise InputError(
+            f"'split.count' in {path}: it is one of {short(parts)} files; "
+            "join them with llama.cpp's `llama-gguf-split --merge` first"
+        )
+    return file
 
 
 def _decoder(fields: Fields, file: gguf_file.File) -> DecoderConfig:
@@ -126,36 +163,16 @@ def _rope_scaling(file: gguf_file.File, head_dim: int, theta: float) -> RopeScal
     """Llama 3's scaling, by the divisor of the lowest frequency, if it explains all the others."""
     if ROPE_DIVISORS not in file.tensors:
         return None
-    divisors = _dequantised(file, ROPE_DIVISORS)
     plain = frequencies(head_dim, theta=theta, scaling=None)
-    if divisors.shape == plain.shape and 1 <= divisors[-1] < 1e6:
-        scaling = RopeScaling(factor=_shortest(float(divisors[-1])))
-        scaled = frequencies(head_dim, theta=theta, scaling=scaling)
-        if np.allclose(scaled * divisors, plain, rtol=1e-5, atol=0):
-            return scaling
+    if file.tensors[ROPE_DIVISORS].shape == plain.shape:
+        divisors = file.read(ROPE_DIVISORS, slice(None))
+        if 1 <= divisors[-1] < 1e6:
+            # Six digits: the division that made it was rounded in the seventh.
+            scaling = RopeScaling(factor=float(f"{divisors[-1]:.6g}"))
+            scaled = frequencies(head_dim, theta=theta, scaling=scaling)
+            if np.allclose(scaled * divisors, plain, rtol=1e-5, atol=0):
+                return scaling
     raise InputError(
         f"tensor {ROPE_DIVISORS!r} in {file.path}: it does not divide the {head_dim // 2} rotary "
         "frequencies as Llama 3.1 and 3.2 do; no other scaling is implemented"
     )
-
-
-def _dequantised(file: gguf_file.File, name: str) -> np.ndarray:
-    """A tensor as float32, by the package that knows all the quantisations."""
-    try:
-        quants = importlib.import_module("gguf.quants")
-    except ImportError:
-        raise InputError(
-            f"weights in {file.path}: GGUF needs the package gguf; pip install 'l32jax[gguf]'"
-        ) from None
-    tensor = file.tensors[name]
-    try:
-        kind = quants.GGMLQuantizationType(tensor.kind)
-        stored = file.bytes_of(name, quants.quant_shape_to_byte_shape(tensor.shape, kind))
-        return quants.dequantize(stored, kind)
-    except InputError:
-        raise
-    except (NotImplementedError, ValueError) as error:
-        raise InputError(
-            f"tensor {name!r} in {file.path}: cannot be dequantised ({error}); "
-            "use a file of another quantisation"
-        ) from None

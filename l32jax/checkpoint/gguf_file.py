@@ -4,7 +4,6 @@ Written out here, since the reader of the package `gguf` takes seconds to minute
 vocabulary, and believes any length that a damaged header names. (llama.cpp, `docs/gguf.md`.)
 """
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from l32jax.checkpoint.fields import short
+from l32jax.checkpoint.gguf_kinds import Kind, numbered
+from l32jax.checkpoint.mapped import Mapped
 from l32jax.errors import InputError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -31,43 +33,51 @@ SCALARS = {
     12: np.float64,
 }
 MAX_DIMS, MAX_ENTRIES, MAX_STRINGS = 4, 2**16, 2**21  # the last: eight times Llama's vocabulary
+MAX_NAME, MAX_ALIGNMENT = 512, 2**20  # bytes
 
 Value = TypeVar("Value")
 
 
 class Tensor(NamedTuple):
-    """`shape` has the fastest dimension last, as numpy's; `kind` is a quantisation's number."""
+    """`shape` has the fastest dimension last, as numpy's; `offset` is from the file's begin."""
 
     shape: tuple[int, ...]
-    kind: int
+    kind: Kind
     offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.kind.nbytes(self.shape)
 
 
 class File(NamedTuple):
     path: Path
-    content: np.ndarray
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
+    mapped: Mapped
 
-    def bytes_of(self, name: str, rows_of_bytes: tuple[int, ...]) -> np.ndarray:
-        """The stored bytes of a tensor, in that shape. InputError if the file ends before."""
-        begin = self.tensors[name].offset
-        end = begin + math.prod(rows_of_bytes)
-        if end > len(self.content):
-            raise InputError(f"tensor {name!r} in {self.path}: the file ends early; copy it again")
-        return self.content[begin:end].reshape(rows_of_bytes)
+    def read(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor's first dim, unpacked: no others are touched, unless it has one dim."""
+        tensor = self.tensors[name]
+        stored = self.mapped.content[tensor.offset : tensor.end]
+        if len(tensor.shape) == 1:  # its blocks reach over several rows
+            return tensor.kind.unpack(stored)[rows]
+        return tensor.kind.unpack(stored.reshape(*tensor.shape[:-1], -1)[rows])
 
 
 def read(path: str | os.PathLike) -> File:
-    """The header of a file, whose tensors stay on disk. InputError if it is damaged."""
+    """The header of a file, whose tensors stay on disk.
+
+    InputError if it is damaged, or if a tensor is not where and what one can be.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"GGUF file {path}: there is no such file")
     try:
-        # An empty file cannot be mapped.
-        whole = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else []
-        content = np.asarray(whole, np.uint8)
-        return File(path, content, *_Header(content).read())
+        mapped = Mapped(path)
+        return File(path, *_Header(mapped.content).read(), mapped)
+    except InputError:
+        raise
     except (ValueError, OSError) as error:
         raise InputError(f"GGUF file {path}: {error}; download it again") from None
 
@@ -88,10 +98,10 @@ class _Header:
         metadata = self.named(num_keys, self.value)
         tensors = self.named(num_tensors, self.tensor)
         alignment = metadata.get("general.alignment", ALIGNMENT)
-        if type(alignment) is not int or alignment < 1:
-            raise ValueError(f"general.alignment is {alignment!r}")
+        if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT:
+            raise ValueError(f"general.alignment is {short(alignment)}")
         begin = -(-self.at // alignment) * alignment
-        return metadata, {k: t._replace(offset=begin + t.offset) for k, t in tensors.items()}
+        return metadata, _placed(tensors, begin, len(self.content), alignment)
 
     def take(self, size: int) -> np.ndarray:
         part = self.content[self.at : self.at + size]
@@ -109,16 +119,16 @@ class _Header:
             raise ValueError(f"it has a count of {number} where {at_most} is much already")
         return number
 
-    def string(self) -> str:
-        length = int.from_bytes(self.take(8).tobytes(), "little")
+    def string(self, at_most: int | None = None) -> str:
+        length = self.count(len(self.content) if at_most is None else at_most)
         return self.take(length).tobytes().decode()
 
     def named(self, count: int, read_value: Callable[[], Value]) -> dict[str, Value]:
         values: dict[str, Value] = {}
         for _ in range(count):
-            name = self.string()
+            name = self.string(MAX_NAME)
             if name in values:
-                raise ValueError(f"{name[:60]!r} is there twice")
+                raise ValueError(f"{name!r} is there twice")
             values[name] = read_value()
         return values
 
@@ -143,9 +153,40 @@ class _Header:
             raise ValueError(f"its metadata has a value of unknown kind {kind}")
         return SCALARS[kind]
 
-    def tensor(self) -> Tensor:
+    def tensor(self) -> "_Entry":
         num_dims = int(self.scalar(np.uint32))
         if not 1 <= num_dims <= MAX_DIMS:
             raise ValueError(f"a tensor has {num_dims} dimensions")
         shape = tuple(int(self.scalar(np.uint64)) for _ in range(num_dims))
-        return Tensor(shape[::-1], int(self.scalar(np.uint32)), int(self.scalar(np.uint64)))
+        return _Entry(shape[::-1], int(self.scalar(np.uint32)), int(self.scalar(np.uint64)))
+
+
+class _Entry(NamedTuple):
+    """A tensor as the header has it; `offset` is from where tensors begin."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def _placed(entries: dict[str, _Entry], begin: int, size: int, alignment: int) -> dict[str, Tensor]:
+    """Tensors in a file of `size` bytes. ValueError if one is crooked, or two overlap."""
+    kinds = {number: numbered(number) for number in {entry.kind for entry in entries.values()}}
+    tensors = {
+        name: Tensor(entry.shape, kinds[entry.kind], begin + entry.offset)
+        for name, entry in entries.items()
+    }
+    end = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if not all(tensor.shape) or tensor.shape[-1] % tensor.kind.block:
+            raise ValueError(
+                f"tensor {name!r} of shape {list(tensor.shape)} cannot be {tensor.kind.name}"
+            )
+        if (tensor.offset - begin) % alignment:
+            raise ValueError(f"tensor {name!r} does not begin at a multiple of {alignment}")
+        if tensor.offset < end:
+            raise ValueError(f"tensor {name!r} overlaps the one before it")
+        end = tensor.end
+        if end > size:
+            raise ValueError(f"it ends early, inside of tensor {name!r}")
+    return tensors
