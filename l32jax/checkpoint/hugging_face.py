@@ -1,24 +1,22 @@
 """Hugging Face's checkpoints of Llama and Llama Vision ("mllama"): names, layouts, directories."""
 
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from l32jax.checkpoint import tensors
 from l32jax.checkpoint.flat_files import FlatFiles
 from l32jax.checkpoint.hugging_face_config import (
-    ASPECT_RATIOS,
     CONFIG,
     TokenIds,
     to_json,
     token_ids_json,
 )
+from l32jax.checkpoint.hugging_face_tiles import GRID
 from l32jax.checkpoint.manifest import MANIFEST
 from l32jax.checkpoint.slices import Shape, Slices
 from l32jax.checkpoint.sources import Source
@@ -43,8 +41,6 @@ from l32jax.model.parameters import Params
 GENERATION_CONFIG = "generation_config.json"
 MAX_FILE_BYTES = 5_000_000_000
 
-logger = logging.getLogger(__name__)
-
 
 def _patches(shape: Shape) -> Shape:
     """[d 3*size*size] as a convolution's [d, 3, size, size]."""
@@ -52,45 +48,7 @@ def _patches(shape: Shape) -> Shape:
     return (shape[0], 3, size, size)
 
 
-def _to_grid(theirs: np.ndarray, shape: Shape) -> np.ndarray:
-    """The cells of our [c c *rest] that the rows of their aspect ratios hold, zeros elsewhere."""
-    side = shape[0]
-    rows = theirs.reshape(len(ASPECT_RATIOS) + 1, side, *shape[2:])
-    grid, known = np.zeros(shape, theirs.dtype), np.zeros((side, side), bool)
-    for row, (height, width) in zip(rows[1:], ASPECT_RATIOS, strict=True):
-        if row[height * width :].any():
-            raise InputError(
-                f"its row for {height}x{width} tiles has values for tiles beyond them, where this "
-                "model has none; take these tables from the released checkpoint"
-            )
-        for tile, cell in enumerate(row[: height * width]):
-            y, x = divmod(tile, width)
-            if known[y, x] and not np.array_equal(grid[y, x], cell):
-                raise InputError(
-                    f"its rows disagree about the tile at {(y, x)}: they were trained apart, "
-                    "while this model has one embedding for each place in the grid; "
-                    "take these tables from the released checkpoint"
-                )
-            grid[y, x], known[y, x] = cell, True
-    return grid
-
-
-def _from_grid(ours: np.ndarray, shape: Shape) -> np.ndarray:
-    side = ours.shape[0]
-    rows = np.zeros((shape[0], side, *ours.shape[2:]), ours.dtype)
-    for row, (height, width) in zip(rows[1:], ASPECT_RATIOS, strict=True):
-        row[: height * width] = ours[:height, :width].reshape(height * width, *ours.shape[2:])
-    return rows.reshape(shape)
-
-
 PATCHES = Layout(_patches)
-# Row r of theirs is the aspect ratio r - 1 of the list; row 0 is of images that are absent.
-GRID = Layout(
-    lambda shape: (len(ASPECT_RATIOS) + 1, math.prod(shape[1:])),
-    _to_grid,
-    _from_grid,
-    by_rows=False,
-)
 
 DECODER_BLOCK = (
     Part("attention_norm/scale", "input_layernorm.weight"),
@@ -207,11 +165,6 @@ def open_tensors(source: Source, config: LlamaConfig) -> Slices:
     if config.vision is not None:
         in_memory = any(name.startswith("model.") for name in source.tensors)
         prefixes = VISION_IN_MEMORY if in_memory else VISION
-        logger.warning(
-            "%s: half of the tile embeddings, those of no supported aspect ratio, are not in "
-            "Hugging Face's format; they are zeros now",
-            source.where,
-        )
     embedding, head = f"{prefixes.decoder}embed_tokens.weight", f"{prefixes.head}weight"
     ignore = {name for name in source.tensors if name.endswith(".rotary_emb.inv_freq")}
     repeated = {head: embedding} if config.decoder.tied_embedding else {}
@@ -240,17 +193,27 @@ def plan(
         GENERATION_CONFIG: _json(token_ids_json(ids)),
     }
     for name, content in (extra_files or {}).items():
-        if Path(name).name != name or name in small or name.startswith(("model", MANIFEST)):
+        taken = name == CONFIG or name.startswith(("model", MANIFEST))
+        if Path(name).name != name or taken:
             raise InputError(f"extra file {name!r}: not a free name for a file; rename it")
         small[name] = content
-    parts = list(table(config))
-    if config.vision is not None and config.decoder.tied_embedding:
-        # transformers cannot tie the head of a vision model, so it gets a copy.
-        parts.append(Part("decoder/embedding/weight", f"{VISION.head}weight"))
-    files = tensors.plan_files(theirs(parts, slices), max_file_bytes)
+    files = tensors.plan_files(theirs(_saved_table(config), slices), max_file_bytes)
     if len(files) > 1:
         small[tensors.INDEX] = tensors.index_of(files)
     return FlatFiles(files, about, small)
+
+
+def _saved_table(config: LlamaConfig) -> Table:
+    """What is written: transformers cannot tie the head of a vision model, so it gets a copy."""
+    if config.vision is None or not config.decoder.tied_embedding:
+        return table(config)
+    untied = replace(config, decoder=replace(config.decoder, tied_embedding=False))
+    return [
+        part._replace(ours="decoder/embedding/weight")
+        if part.ours == "decoder/head/weight"
+        else part
+        for part in table(untied)
+    ]
 
 
 def export(

@@ -35,9 +35,9 @@ HARMLESS = frozenset(f"{BOOKKEEPING} {GENERATION} {REPUBLISHED}".split())
 
 
 class TokenIds(NamedTuple):
-    """The tokenizer's ids that a config.json names."""
+    """The tokenizer's ids that a config.json names; none of them if there is no tokenizer."""
 
-    begin: int
+    begin: int | None
     stop: tuple[int, ...]
     pad: int | None
 
@@ -238,7 +238,7 @@ def _text_json(decoder: DecoderConfig, ids: TokenIds) -> dict[str, Any]:
 
 
 def token_ids_json(ids: TokenIds) -> dict[str, Any]:
-    stop = ids.stop[0] if len(ids.stop) == 1 else list(ids.stop)
+    stop = list(ids.stop) if len(ids.stop) > 1 else next(iter(ids.stop), None)
     return {"bos_token_id": ids.begin, "eos_token_id": stop, "pad_token_id": ids.pad}
 
 

@@ -157,7 +157,7 @@ def ours(
         source.where,
         shapes,
         dtypes,
-        lambda home, rows: _read(pieces[home], source, rows),
+        lambda home, rows: _read(pieces[home], source, rows).astype(dtypes[home.path], copy=False),
         source.release,
     )
 
@@ -201,16 +201,18 @@ def _check_equal(source: Source, repetition: str, original: str) -> None:
     if (
         new[1:] != old[1:]
         or new[0] > old[0]
-        or not all(
-            np.array_equal(source.read(repetition, rows), source.read(original, rows))
-            for rows in parts
-        )
+        or not all(_rows_equal(source, repetition, original, rows) for rows in parts)
     ):
         raise InputError(
             f"weights in {source.where}: tensor {repetition!r} differs from {original!r}, though "
             "the config ties them; set tie_word_embeddings to false if that is what the model is"
         )
+
+
+def _rows_equal(source: Source, repetition: str, original: str, rows: slice) -> bool:
+    equal = np.array_equal(source.read(repetition, rows), source.read(original, rows))
     source.release()
+    return equal
 
 
 def _read(piece: _Piece, source: Source, rows: slice) -> np.ndarray:

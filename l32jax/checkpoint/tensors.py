@@ -1,7 +1,7 @@
 """Safetensors files: read mapped into memory, and planned to be written."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from l32jax.checkpoint.fields import read_json
 from l32jax.checkpoint.flat_files import FlatFile, Place
 from l32jax.checkpoint.mapped import Mapped
+from l32jax.checkpoint.slices import Shape
 from l32jax.checkpoint.sources import Source
 from l32jax.errors import InputError
 
@@ -33,12 +34,12 @@ def open_directory(directory: Path) -> Source:
     tensor, or if a dtype is none of float32, float16, bfloat16.
     """
     if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
-        return open_file(_inside(directory, WEIGHTS))
-    index = _inside(directory, INDEX)
+        return open_file(inside(directory, WEIGHTS))
+    index = inside(directory, INDEX)
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise InputError(f"weights in {index}: 'weight_map' must map tensors to files")
-    paths = [_inside(directory, file) for file in sorted(set(listed.values()))]
+    paths = [inside(directory, file) for file in sorted(set(listed.values()))]
     sources = [open_file(path) for path in paths]
     for path, source in zip(paths, sources, strict=True):
         expected = {name for name, file in listed.items() if file == path.name}
@@ -62,7 +63,7 @@ def joined(sources: Sequence[Source], where: str) -> Source:
     return Source(where, tensors, lambda name, rows: owner[name].read(name, rows), release)
 
 
-def _inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: str) -> Path:
     """The file of that name, which an index of unknown origin may not lead elsewhere.
 
     Links are followed inside of the directory, and to the `blobs` of Hugging Face's cache.
@@ -85,19 +86,39 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def open_file(path: Path) -> Source:
-    """A mapped file, whose header safetensors has checked: bounds, overlaps, sizes."""
+    """A mapped file; nothing but its header is read."""
+    arrays, release = open_arrays(path)
+    return Source.of(arrays, str(path), release)
+
+
+def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
+    """Views of a mapped file, and what lets go of their pages.
+
+    InputError if the file is damaged: safetensors checks bounds, overlaps and sizes.
+    """
+    header, begin = _header(path)
+    header.pop("__metadata__", None)
+    mapped = Mapped(path)
+    content = mapped.content[begin:]
+    views = {name: _view(content, entry, name, path) for name, entry in header.items()}
+    return views, mapped.release
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself beside its tensors."""
+    return _header(path)[0].get("__metadata__", {})
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the tensors begin."""
     try:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"weights in {path}: {error}; download the file again") from None
-    mapped = Mapped(path)
-    begin = 8 + int.from_bytes(mapped.content[:8].tobytes(), "little")
-    header = json.loads(mapped.content[8:begin].tobytes())
-    header.pop("__metadata__", None)
-    content = mapped.content[begin:]
-    arrays = {name: _view(content, entry, name, path) for name, entry in header.items()}
-    return Source.of(arrays, str(path), mapped.release)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
 
 
 def _view(content: np.ndarray, entry: dict[str, Any], name: str, path: Path) -> np.ndarray:
@@ -130,15 +151,22 @@ def index_of(files: Sequence[FlatFile]) -> bytes:
 
 
 def plan_file(
-    source: Source, names: Iterable[str], file: str, metadata: Mapping[str, str] = PYTORCH
+    source: Source,
+    names: Iterable[str],
+    file: str,
+    metadata: Mapping[str, str] = PYTORCH,
+    shapes: Mapping[str, Shape] | None = None,
 ) -> FlatFile:
-    """One file of these tensors, in this order, each in the dtype that the source gives."""
+    """One file of these tensors, in this order, each in the dtype that the source gives.
+
+    `shapes` are what the file says of them, where that is not what the source says.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         tensor = source.tensors[name]
         begin, end = end, end + tensor.nbytes
-        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list((shapes or {}).get(name, tensor.shape))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)

@@ -1,6 +1,7 @@
 """Images as the tiles that the encoder reads, bit for bit as llama-models' `image_transform.py`."""
 
 import io
+import json
 import math
 import os
 import pathlib
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from l32jax.config import VisionConfig
 from l32jax.errors import InputError
 
 # Encoded files and pictures stay as they are until a row is made of them.
@@ -20,8 +22,10 @@ MAX_BYTES = 128 << 20
 # Decoders that only decode: EPS, for one, would start an interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
+RESAMPLE = Image.Resampling.BILINEAR
 
 # (rows, columns) in the order of Hugging Face's ids, which begin at 1; its documentation has the
 # two swapped.
@@ -63,7 +67,7 @@ def preprocess(
     grid = choose_grid(image.height, image.width, tile_size=tile_size, max_tiles=max_tiles)
     height, width = fit(image.height, image.width, grid, tile_size=tile_size)
     canvas = np.zeros((grid[0] * tile_size, grid[1] * tile_size, 3), np.uint8)
-    canvas[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    canvas[:height, :width] = np.asarray(image.resize((width, height), RESAMPLE))
     return _split(_normalise(canvas), grid), grid
 
 
@@ -173,3 +177,23 @@ def _split(canvas: Float32[np.ndarray, "Y X 3"], grid: Grid) -> Float32[np.ndarr
     size = canvas.shape[0] // rows
     tiles = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
     return tiles.reshape(rows * columns, 3, size, size)
+
+
+def preprocessor_json(vision: VisionConfig) -> bytes:
+    """The content of preprocessor_config.json: what is done here, as transformers is told it."""
+    size = vision.image_size
+    content = {
+        "image_processor_type": "MllamaImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": int(RESAMPLE),
+        "do_pad": True,
+        "max_image_tiles": vision.max_tiles,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -229,6 +229,7 @@ def _from_gguf(header: dict[str, Any]) -> Vocabulary:
     pre = header.get("tokenizer.ggml.pre")
     if pre not in GGUF_PATTERNS:
         raise ValueError(f"its pre-tokenizer {pre!r} is none of {', '.join(GGUF_PATTERNS)}")
+    header = {"tokenizer.ggml.merges": [], **header}  # llama.cpp's writer leaves out empty lists
     match [header.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type")]:
         case [list(names), list(merges), list(types)] if len(names) == len(types):
             pass
