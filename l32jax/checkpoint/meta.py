@@ -1,10 +1,7 @@
 """Meta's own checkpoints (`consolidated.*.pth`, llama-models): the names of their tensors."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import numpy as np
-
+from l32jax.checkpoint.slices import Slices
+from l32jax.checkpoint.sources import Source
 from l32jax.checkpoint.tables import (
     HEADS_IN,
     HEADS_OUT,
@@ -12,15 +9,13 @@ from l32jax.checkpoint.tables import (
     SCALAR,
     Layout,
     Part,
-    Source,
     Table,
     addresses,
+    ours,
     placed,
-    unload,
 )
-from l32jax.checkpoint.tables import load as load_table
 from l32jax.config import LlamaConfig
-from l32jax.model.parameters import Params
+from l32jax.model.llama import shapes_of
 
 # [c c d] as [4, 4, 1, 1280]: Meta's tables have an axis over the tokens of a tile.
 TILE = Layout(lambda shape: (*shape[:2], 1, shape[2]))
@@ -80,6 +75,7 @@ ENCODER = (
     Part("post_norm/bias", "ln_post.bias"),
 )
 PROJECTOR = (Part("weight", "weight"), Part("bias", "bias"))
+ROTARY = "rope.freqs"  # a table that some checkpoints have, and nobody needs
 
 
 def table(config: LlamaConfig) -> Table:
@@ -91,48 +87,41 @@ def table(config: LlamaConfig) -> Table:
         Part("decoder/final_norm/scale", f"{text}norm.weight"),
     ]
     if not decoder.tied_embedding:
-        parts.append(Part("decoder/head/weight", f"{text}output.weight"))
+        parts.append(Part("decoder/head/weight", head(config)))
     for _, kind, ordinal, group, slot in addresses(decoder):
         name, rules = BLOCKS[kind]
-        ours = f"decoder/groups/blocks/{slot}/"
-        parts += placed(rules, ours, f"{text}{name}.{ordinal}.", group)
+        home = f"decoder/groups/blocks/{slot}/"
+        parts += placed(rules, home, f"{text}{name}.{ordinal}.", group)
     if vision is None:
         return parts
     parts.append(Part("decoder/image_embedding/weight", f"{text}learnable_embedding.weight"))
     encoder = "vision_model.vision_encoder."
     parts += placed(ENCODER, "vision/", encoder)
     for layer in range(vision.num_local_layers):
-        theirs = f"{encoder}transformer.resblocks.{layer}."
-        parts += placed(VISION_BLOCK, "vision/local_blocks/", theirs, layer)
+        block = f"{encoder}transformer.resblocks.{layer}."
+        parts += placed(VISION_BLOCK, "vision/local_blocks/", block, layer)
     for layer in range(vision.num_global_layers):
-        theirs = f"{encoder}global_transformer.resblocks.{layer}."
-        parts += placed(VISION_BLOCK + GATES, "vision/global_blocks/", theirs, layer)
+        block = f"{encoder}global_transformer.resblocks.{layer}."
+        parts += placed(VISION_BLOCK + GATES, "vision/global_blocks/", block, layer)
     return parts + placed(PROJECTOR, "projector/", "vision_model.vision_projection.")
 
 
-def load(
-    arrays: Mapping[str, np.ndarray],
-    config: LlamaConfig,
-    targets: Params,
-    where: str = "Meta's checkpoint",
-) -> Params:
-    """Parameters placed as `targets` says, from whole (joined) tensors under Meta's names.
+def head(config: LlamaConfig) -> str:
+    """The name of the output head's weight."""
+    return "output.weight" if config.vision is None else "text_model.output.weight"
+
+
+def open_tensors(source: Source, config: LlamaConfig) -> Slices:
+    """Our parameters, from whole (joined) tensors under Meta's names.
 
     InputError if a tensor is missing, too many or of another shape.
     """
     text = "" if config.vision is None else "text_model."
     tied = config.decoder.tied_embedding
-    return load_table(
+    return ours(
         table(config),
-        Source.of(arrays, where),
-        targets,
-        ignore={f"{text}rope.freqs"},
-        repeated={f"{text}output.weight": f"{text}tok_embeddings.weight"} if tied else None,
+        source,
+        shapes_of(config),
+        ignore={f"{text}{ROTARY}"},
+        repeated={head(config): f"{text}tok_embeddings.weight"} if tied else None,
     )
-
-
-def export(
-    params: Params, config: LlamaConfig, dtype: Any = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Meta's tensors one by one; by default of our dtypes."""
-    return unload(table(config), params, dtype)

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 
 from l32jax import presets
 from l32jax.checkpoint import meta
+from l32jax.checkpoint.slices import load
+from l32jax.checkpoint.sources import Source
 from l32jax.checkpoint.tables import ROTARY_PAIRS, addresses, their_shapes
 from l32jax.config import MeshConfig
 from l32jax.errors import InputError
 from l32jax.model.parameters import flatten
 from l32jax.sharding import make_mesh, single_device_mesh
 from tests import golden
-from tests.checkpoint_tests.weights import targets
+from tests.checkpoint_tests.weights import targets, tensors_of
 
 MODELS = {"llama_tiny_meta": golden.TEXT, "mllama_tiny_meta": golden.VISION}
 Q0 = "text_model.layers.0.attention.wq.weight"
@@ -30,8 +32,9 @@ def vision():
     return weights("mllama_tiny_meta")
 
 
-def load(arrays, config=golden.VISION, **how):
-    return meta.load(arrays, config, targets(config, **how))
+def load_arrays(arrays, config=golden.VISION, **how):
+    slices = meta.open_tensors(Source.of(arrays, "Meta's checkpoint"), config)
+    return load(slices, targets(config, **how))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -40,12 +43,12 @@ def test_every_mesh_gives_back_every_bit(name):
     meshes = single_device_mesh(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     for mesh in meshes:
         wanted = targets(config, mesh)
-        ours = meta.load(theirs, config, wanted)
+        ours = load_arrays(theirs, config, mesh=mesh)
         shardings = jax.tree.map(
             lambda leaf, target: leaf.sharding == target.sharding, ours, wanted
         )
         assert all(jax.tree.leaves(shardings))
-        back = dict(meta.export(ours, config))
+        back = tensors_of(meta.table(config), ours)
         assert back.keys() == theirs.keys()
         for key, array in theirs.items():
             np.testing.assert_array_equal(back[key], array, err_msg=key)
@@ -65,7 +68,7 @@ def test_decoder_layers_go_where_meta_runs_them(vision):
     """Cross-attention layer j runs before self-attention layer 4 j + 3 (counted apart)."""
     order = [(a.kind, a.ordinal) for a in addresses(golden.VISION.decoder)]
     assert order.index(("cross", 1)) + 1 == order.index(("self", 7))
-    blocks = load(vision)["decoder"]["groups"]["blocks"]
+    blocks = load_arrays(vision)["decoder"]["groups"]["blocks"]
     key = "text_model.{}.attention_norm.weight"
     for slot, layers in {0: (0, 4), 2: (2, 6), 4: (3, 7)}.items():
         for group, layer in enumerate(layers):
@@ -76,7 +79,7 @@ def test_decoder_layers_go_where_meta_runs_them(vision):
 
 
 def test_only_rotated_queries_and_keys_are_permuted(vision):
-    params = load(vision)
+    params = load_arrays(vision)
     blocks = params["decoder"]["groups"]["blocks"]
     prefix = "text_model.{}.attention.{}.weight"
     for slot, layer in ((0, "layers.4"), (3, "cross_attention_layers.1")):
@@ -99,7 +102,7 @@ def test_rotary_permutation_is_undone_exactly(heads, half, width):
 
 
 def test_loading_casts_to_the_targets_dtype(vision):
-    params = load(vision, dtype=jnp.bfloat16)
+    params = load_arrays(vision, dtype=jnp.bfloat16)
     norm = params["vision"]["pre_norm"]["scale"]
     expected = vision["vision_model.vision_encoder.ln_pre.weight"].astype(jnp.bfloat16)
     assert norm.dtype == jnp.bfloat16 and np.array_equal(norm, expected)
@@ -119,12 +122,12 @@ def test_what_does_not_fit_is_one_error_that_names_it(change, message, vision):
     changed = dict(vision)
     change(changed)
     with pytest.raises(InputError, match=message) as caught:
-        load(changed)
+        load_arrays(changed)
     assert "\n" not in str(caught.value)
 
 
 def test_rotary_table_in_a_checkpoint_is_not_needed(vision):
-    load({**vision, "text_model.rope.freqs": np.zeros(8)})
+    load_arrays({**vision, "text_model.rope.freqs": np.zeros(8)})
 
 
 def test_tied_head_may_be_stored_if_it_is_the_embedding():
@@ -132,11 +135,11 @@ def test_tied_head_may_be_stored_if_it_is_the_embedding():
     tied = dataclasses.replace(golden.TEXT.decoder, tied_embedding=True)
     config = dataclasses.replace(golden.TEXT, decoder=tied)
     with pytest.raises(InputError, match="'output.weight' differs from 'tok_embeddings.weight'"):
-        load(theirs, config)
-    load(theirs | {"output.weight": theirs["tok_embeddings.weight"]}, config)
+        load_arrays(theirs, config)
+    load_arrays(theirs | {"output.weight": theirs["tok_embeddings.weight"]}, config)
     del theirs["output.weight"]
-    params = load(theirs, config)
-    assert "output.weight" not in dict(meta.export(params, config))
+    params = load_arrays(theirs, config)
+    assert "output.weight" not in tensors_of(meta.table(config), params)
 
 
 @pytest.mark.parametrize("name", ["llama3.2-11b-vision", "llama3.2-90b-vision"])
