@@ -23,7 +23,7 @@ def named(tree: Any) -> dict[str, Any]:
     return by_name
 
 
-def require_equal(wanted: Mapping[str, Any], saved: Mapping[str, Any], where: Path) -> None:
+def require_equal(wanted: Mapping[str, Any], saved: Mapping[str, Any], where: str | Path) -> None:
     """InputError unless names, shapes and dtypes agree: Orbax casts dtypes without a word."""
     differing = [
         f"{name} (saved as {_type(saved[name])}, needed as {_type(leaf)})"

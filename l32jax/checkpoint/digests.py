@@ -6,7 +6,7 @@ says the same as `problems`; its first line, a comment to that tool, is the dige
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,20 +15,18 @@ HEADER = "# sha256 of the lines below: "
 THREADS = 8  # hashing lets go of the interpreter lock
 
 
-def write(directory: Path) -> None:
+def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
     """Hashes every file under `directory` into its sidecar, and forces all of it onto the disk.
 
+    `known` has digests by file name, of files that are not read, and may be elsewhere by now.
     Who needs the digests to appear at once renames the directory afterwards.
     """
-    sidecar = directory / SIDECAR
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != sidecar)
+    found = dict(known or {})
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(_digest, files)
-        lines = [
-            f"{digest}  {path.relative_to(directory).as_posix()}\n"
-            for digest, path in zip(found, files, strict=True)
-        ]
-        sidecar.write_bytes(_with_header("".join(lines)))
+        unknown = sorted(_names(directory) - found.keys() - {SIDECAR})
+        found |= zip(unknown, pool.map(lambda name: digest(directory / name), unknown), strict=True)
+        lines = [f"{found[name]}  {name}\n" for name in sorted(found)]
+        (directory / SIDECAR).write_bytes(_with_header("".join(lines)))
         list(pool.map(sync, [*directory.rglob("*"), directory]))
 
 
@@ -60,14 +58,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """What the sidecar has of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _names(directory: Path) -> set[str]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix() for path in files}
+
+
 def _problem(path: Path, expected: str) -> str:
     try:
-        return "" if _digest(path) == expected else "has changed since it was written"
+        return "" if digest(path) == expected else "has changed since it was written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -80,10 +84,16 @@ def _with_header(body: str) -> bytes:
 
 
 def _read(sidecar: Path) -> dict[str, str]:
-    """Digest by file name. ValueError if a single bit of the sidecar is not what `write` wrote."""
+    """Digest by file name. ValueError if a single bit of the sidecar is not what `write` wrote.
+
+    Nor does that write names of files elsewhere, which might be devices without an end.
+    """
     content = sidecar.read_bytes()
     _, _, body = content.decode().partition("\n")
     if content != _with_header(body):
         raise ValueError(sidecar)
     pairs = (line.split("  ", maxsplit=1) for line in body.split("\n")[:-1])
-    return {name: digest for digest, name in pairs}
+    by_name = {name: digest for digest, name in pairs}
+    if any(os.path.isabs(name) or ".." in Path(name).parts for name in by_name):
+        raise ValueError(sidecar)
+    return by_name

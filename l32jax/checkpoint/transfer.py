@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
+from l32jax.checkpoint.buckets import BucketWorkplace
+from l32jax.checkpoint.folders import Folder, is_remote
 from l32jax.checkpoint.sources import Source, Tensor
 from l32jax.checkpoint.workplace import Record, Workplace
 from l32jax.errors import InputError
@@ -82,25 +84,32 @@ SILENT = Silent()
 
 def write(
     output: Output,
-    destination: Path,
+    destination: str | Path,
     task: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
     progress: Progress = SILENT,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> None:
     """Makes `output` the destination, whole or not at all.
 
     Args:
+      destination: an address like s3://bucket/run is for an output that hands over its units.
       task: what identifies it: only the same is resumed. None: never, and nothing is left of it if
         it fails.
-      check: is shown the path before it gets its name, and may raise.
+      check: is shown the path, or the address, before it is finished, and may raise.
     """
-    with Workplace(destination, task, resume=resume) as workplace:
+    with _workplace(destination, task, resume) as workplace:
         _run(output, workplace, progress)
         if check is not None:
-            check(workplace.directory / (output.single or "."))
+            check(workplace.whole(output.single))
         workplace.finish(output.single)
+
+
+def _workplace(destination: str | Path, task: Mapping[str, Any] | None, resume: bool) -> Workplace:
+    if is_remote(destination):
+        return BucketWorkplace(Folder.at(destination), task, resume=resume)
+    return Workplace(Path(destination), task, resume=resume)
 
 
 def _run(output: Output, workplace: Workplace, progress: Progress) -> None:

@@ -38,15 +38,16 @@ class Workplace:
     def __init__(self, destination: Path, task: Mapping[str, Any] | None, *, resume: bool = False):
         assert task is not None or not resume
         self.destination = destination.absolute()
-        if self.destination.exists():
-            raise InputError(f"destination {str(destination)!r}: it exists; choose another name")
+        self._require_free()
         self._home = self.destination.with_name(self.destination.name + UNFINISHED)
         self.directory = self._home / CONTENT
         self._resumable = task is not None
         self._lock = self._take_lock()
         self._mutex = threading.Lock()
         try:
-            self.done = self._resume(dict(task)) if task and resume else self._begin(task)
+            self.done = (
+                self._begin(task) if task is None or not resume else self._resume(dict(task))
+            )
         except BaseException:
             self._lock.close()
             raise
@@ -56,7 +57,7 @@ class Workplace:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if kind is not None and (issubclass(kind, InputError) or not self._resumable):
-            shutil.rmtree(self._home, ignore_errors=True)
+            self._discard()
         self._lock.close()
 
     def require_room(self, size: int) -> None:
@@ -75,6 +76,13 @@ class Workplace:
             self.done[unit] = record
             self._append({"unit": unit, "record": record})
 
+    def hand_over(self, directory: Path) -> None:
+        """Takes what is below `directory` to the destination, if that is elsewhere."""
+
+    def whole(self, single: str | None = None) -> Any:
+        """Where all of it can be looked at before it is finished."""
+        return self.directory / (single or ".")
+
     def finish(self, single: str | None = None) -> None:
         """Gives the content its destination's name; with `single`, the one file of that name.
 
@@ -86,6 +94,15 @@ class Workplace:
             os.replace(self.directory / MANIFEST, beside(self.destination))
         os.rename(self.directory / single if single else self.directory, self.destination)
         digests.sync(self.destination.parent)
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def _require_free(self) -> None:
+        if self.destination.exists():
+            raise InputError(
+                f"destination {str(self.destination)!r}: it exists; choose another name"
+            )
+
+    def _discard(self) -> None:
         shutil.rmtree(self._home, ignore_errors=True)
 
     def _take_lock(self) -> IO[bytes]:

@@ -92,7 +92,7 @@ def test_manifest_finds_the_tensor_that_changed(slices, tmp_path):
 
 def test_killed_three_times_and_resumed_it_is_the_same_file(slices, tmp_path):
     write(output_of(slices), tmp_path / "whole")
-    command = [sys.executable, "-m", "tests.checkpoint_tests.converting_child", tmp_path / "killed"]
+    command = [sys.executable, "-m", "tests.checkpoint_tests.killed_child", tmp_path / "killed"]
     moments, num_done = random.Random(1), []
     for kill in range(3):
         child = subprocess.Popen([*command, *["resume"] * bool(kill)], stdout=subprocess.PIPE)
