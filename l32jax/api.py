@@ -1,5 +1,6 @@
 """The way in, for notebooks and the command line: load a model, run a configured training."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from l32jax.checkpoint.formats import open_weights
+from l32jax.checkpoint.folders import is_remote
+from l32jax.checkpoint.formats import Checkpoint, open_checkpoint
+from l32jax.checkpoint.slices import load as load_slices
 from l32jax.checkpoint.steps import Steps
 from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig
 from l32jax.config_text import did_you_mean
@@ -22,6 +25,10 @@ from l32jax.presets import PRESETS
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.loop import stage_directory, train
 
+META = Compat()
+
+logger = logging.getLogger(__name__)
+
 
 def load(
     source: str | Path,
@@ -32,10 +39,11 @@ def load(
     tokenizer: str | Path | None = None,
     seed: int = 0,
 ) -> Model:
-    """A model from a Hugging Face folder, a GGUF file, the folder of a run, or a preset's name.
+    """A model from a path in any format that l32jax converts, or from a preset's name.
 
     Args:
-      source: a path, or a preset, which gives random parameters drawn from `seed`.
+      source: a folder of Hugging Face's or Meta's, a GGUF or safetensors file, the folder of a run,
+        a converted checkpoint (also gs:// or s3://), or a preset: random parameters by `seed`.
       mesh: where parameters and activations live; by default one device.
       dtype: of both; by default bfloat16, on CPU float32.
       compat: whose behaviour to follow where Hugging Face differs from Meta.
@@ -54,22 +62,40 @@ def load(
         with jax.set_mesh(mesh):
             params = jax.jit(partial(init_params, config, dtype=dtype))(jax.random.key(seed))
         return Model(config, params, found, mesh)
-    path = Path(source)
-    if not path.exists():
+    if not is_remote(source) and not Path(source).exists():
         hint = did_you_mean(str(source), PRESETS)
         raise InputError(f"model {str(source)!r}: neither a path nor a preset{hint}")
-    weights = open_weights(path)
-    config = replace(weights.config, compat=compat)
-    if found is None and weights.tokenizer is not None:
-        found = Tokenizer.from_bytes(weights.tokenizer, path)
-    if found is None and _has_tokenizer(path):
-        found = Tokenizer.from_file(path)
-    require_matching(found, config, str(tokenizer or path))
+    checkpoint = open_checkpoint(source)
+    for note in checkpoint.notes:
+        logger.warning("%s: %s", source, note)
+    found = found or tokenizer_of(checkpoint, source)
+    require_matching(found, checkpoint.config, str(tokenizer or source))
+    return model_of(checkpoint, found, mesh=mesh, dtype=dtype, compat=compat)
+
+
+def tokenizer_of(checkpoint: Checkpoint, where: str | Path) -> Tokenizer | None:
+    """The tokenizer that is in a checkpoint, if there is one."""
+    if checkpoint.format == "gguf":
+        return Tokenizer.from_file(where)
+    if checkpoint.files.keys() & {"tokenizer.model", "tokenizer.json"}:
+        return Tokenizer.from_files(checkpoint.files, where)
+    return None
+
+
+def model_of(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any,
+    compat: Compat = META,
+) -> Model:
+    """The weights of a checkpoint on devices; each process reads the slices that it holds."""
+    mesh = mesh or single_device_mesh()
+    config = replace(checkpoint.config, compat=compat)
     with jax.set_mesh(mesh):
-        targets = on_mesh(abstract_params(config, weights.dtype or dtype), mesh)
-        params = weights.read(targets)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return Model(config, params, found, mesh)
+        targets = on_mesh(abstract_params(config, dtype), mesh)
+    return Model(config, load_slices(checkpoint.slices, targets), tokenizer, mesh)
 
 
 def run(config: TrainConfig) -> Model:
@@ -81,9 +107,9 @@ def run(config: TrainConfig) -> Model:
     """
     mesh = make_mesh(config.mesh)
     model = _beginning(config, mesh)
-    model.require_tokenizer().to_bytes()  # steps are saved with it: find out now if that works
+    tokenizer = model.require_tokenizer()
     params, model.params = model.params, None
-    model.params = train(config, model.require_tokenizer(), params, mesh)
+    model.params = train(config, tokenizer, params, mesh)
     return model
 
 
@@ -110,12 +136,6 @@ def _beginning(config: TrainConfig, mesh: Mesh) -> Model:
     if Steps(stage_directory(config, 0)).all():
         model.params = None
     return model
-
-
-def _has_tokenizer(path: Path) -> bool:
-    return path.is_file() or any(
-        (path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")
-    )
 
 
 def _bytes_tokenizer(config: LlamaConfig) -> Tokenizer | None:

@@ -20,7 +20,7 @@ FLOORS = [
     {"checkpoint", "data"},
     {"generate", "train"},
     {"api"},
-    {"evaluate"},
+    {"convert", "evaluate"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

@@ -1,53 +1,101 @@
-"""Which format a path holds, by its content, and one way to read them all."""
+"""Which format a path holds, by its content, and one way to open them all."""
 
-import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal
 
-import numpy as np
-
-from l32jax.checkpoint import gguf, hugging_face, hugging_face_config
-from l32jax.checkpoint.slices import load
+from l32jax.checkpoint import (
+    gguf,
+    hugging_face,
+    hugging_face_config,
+    hugging_face_tiles,
+    meta_files,
+    native,
+    own_safetensors,
+)
+from l32jax.checkpoint.folders import is_remote
+from l32jax.checkpoint.slices import Slices
 from l32jax.checkpoint.steps import is_store
-from l32jax.checkpoint.store import Reader
 from l32jax.config import LlamaConfig
-from l32jax.config_text import decode
 from l32jax.errors import InputError
-from l32jax.model.parameters import Params
+
+Format = Literal["hf", "meta", "gguf", "orbax", "safetensors"]
+# What goes with the weights of a Hugging Face or Meta folder, of its tokenizer and image processor.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+MAX_COMPANION_BYTES = 64 << 20
 
 
-class Weights(NamedTuple):
-    """A model on disk.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, opened; of its weights nothing is read yet.
 
-    read: fills targets (shapes, dtypes, shardings) of its configuration.
-    dtype: the one that targets must have; None if any will do.
-    tokenizer: content of its tokenizer.model, where that stands inside the checkpoint and not at
-      the path.
+    Attributes:
+      files: those of its tokenizer and image processor, by name; none for GGUF, whose tokenizer is
+        in the file.
+      notes: what of the model is not in this format, or not read from it, a sentence each.
     """
 
+    format: Format
     config: LlamaConfig
-    read: Callable[[Params], Params]
-    dtype: Any = None
-    tokenizer: bytes | None = None
+    slices: Slices
+    files: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
 
 
-def open_weights(path: Path) -> Weights:
-    """Looks at a Hugging Face folder, a GGUF file, the folder of a run or of one of its stages."""
+def open_checkpoint(where: str | Path, *, verified: bool = True) -> Checkpoint:
+    """A folder of Hugging Face's or Meta's, a GGUF or safetensors file, a run or one of its stages.
+
+    A converted checkpoint may also be at gs://bucket/path or s3://bucket/path. With `verified`, a
+    local one of ours is held against its digests first, which reads all of it.
+    """
+    if is_remote(where):
+        return _native(where, verified)
+    path = Path(where)
     if not path.exists():
         raise InputError(f"model {str(path)!r}: no such file or folder; check the path")
     if path.is_file():
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise InputError(f"model {str(path)!r}: the file is not GGUF; give GGUF or a folder")
-        config = gguf.read_config(path)
-        return Weights(config, partial(load, gguf.open_file(path, config)))
-    if (path / "config.json").is_file():
+        return _file(path)
+    if (path / hugging_face_config.CONFIG).is_file():
         config = hugging_face_config.read_config(path)
-        return Weights(config, partial(load, hugging_face.open_directory(path, config)))
-    return _open_store(newest_store(path))
+        slices = hugging_face.open_directory(path, config)
+        notes = (hugging_face_tiles.LOST_TILES,) if config.vision else ()
+        return Checkpoint("hf", config, slices, _companions(path), notes)
+    if (path / meta_files.PARAMS).is_file():
+        config = meta_files.read_config(path)
+        slices = meta_files.open_folder(path, config)
+        return Checkpoint("meta", config, slices, _companions(path), tuple(meta_files.notes(path)))
+    return _native(newest_store(path), verified)
+
+
+def _file(path: Path) -> Checkpoint:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start[:4] == b"GGUF":
+        config = gguf.read_config(path)
+        return Checkpoint("gguf", config, gguf.open_file(path, config), {})
+    if start[8:9] == b"{":
+        config, slices = own_safetensors.open_model(path)
+        return Checkpoint("safetensors", config, slices, {})
+    raise InputError(
+        f"model {str(path)!r}: the file is neither GGUF nor safetensors; "
+        "of other formats give the folder"
+    )
+
+
+def _native(where: str | Path, verified: bool) -> Checkpoint:
+    store = native.open_store(where, verified=verified)
+    return Checkpoint("orbax", store.config, store.slices, store.files)
 
 
 def newest_store(path: Path) -> Path:
@@ -57,8 +105,8 @@ def newest_store(path: Path) -> Path:
     stages = sorted((child for child in path.iterdir() if is_store(child)), key=_stage_number)
     if not stages:
         raise InputError(
-            f"model {str(path)!r}: no config.json, no checkpoint; "
-            "give a Hugging Face folder, a .gguf file or the folder of a run"
+            f"model {str(path)!r}: no config.json, params.json or checkpoint; give a folder of "
+            "Hugging Face's or Meta's, a .gguf file or the folder of a run"
         )
     return stages[-1]
 
@@ -68,13 +116,15 @@ def _stage_number(path: Path) -> tuple[int, str]:
     return (int(number) if number.isdecimal() else -1, path.name)
 
 
-def _open_store(path: Path) -> Weights:
-    reader = Reader(path)
-    content: Any = json.loads(reader.read_config())
-    config = decode(LlamaConfig, content["model"], f"config of {path}")
-    return Weights(
-        config,
-        reader.restore_params,
-        dtype=np.float32,  # of the parameters that train; Orbax would cast without a word
-        tokenizer=reader.read_file("tokenizer.model"),
-    )
+def _companions(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for name in COMPANIONS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > MAX_COMPANION_BYTES:
+            raise InputError(
+                f"{path}: more than {MAX_COMPANION_BYTES >> 20} MiB; is it the right file?"
+            )
+        found[name] = path.read_bytes()
+    return found

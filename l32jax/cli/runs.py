@@ -11,7 +11,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from l32jax.checkpoint import steps
+from l32jax.checkpoint import manifest, steps
 from l32jax.config import TrainConfig
 from l32jax.config_text import override, to_json
 from l32jax.errors import InputError
@@ -82,20 +82,25 @@ def show_config(config: File, overrides: Overrides = (), /) -> int:
     return 0
 
 
-def verify(directory: Annotated[Path, arg(metavar="DIR")], /) -> int:
-    """Verifies every file of a checkpoint by its digest.
+def verify(path: Annotated[Path, arg(metavar="PATH")], /) -> int:
+    """Verifies every byte of a checkpoint by its digests.
 
-    The exit code is 1 if a file is missing or not as it was written.
+    The exit code is 1 if something is missing or not as it was written. A checkpoint in another
+    format has digests if l32jax wrote it, in its manifest.json.
 
     Examples:
       l32jax checkpoint verify runs/quickstart
+      l32jax checkpoint verify Llama-3.2-1B.gguf
 
     Args:
-      directory: of a run, or of one of its stages.
+      path: of a run, of one of its stages, or of a converted checkpoint.
     """
-    stages = [path for path in sorted(directory.glob("*")) if steps.is_store(path)]
-    problems = [f"{stage}, {p}" for stage in stages or [directory] for p in steps.verify(stage)]
-    print("\n".join(problems) or f"{directory}: every file is as it was written")
+    stages = [child for child in sorted(path.glob("*")) if steps.is_store(child)]
+    if not stages and not steps.is_store(path) and (listing := manifest.manifest_of(path)):
+        problems = manifest.problems(listing)
+    else:
+        problems = [f"{stage}, {p}" for stage in stages or [path] for p in steps.verify(stage)]
+    print("\n".join(problems) or f"{path}: every byte is as it was written")
     return 1 if problems else 0
 
 

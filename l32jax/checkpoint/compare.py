@@ -1,0 +1,53 @@
+"""Two checkpoints, tensor by tensor: what `--verify` means."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from l32jax.checkpoint.slices import ALL, Home, Slices
+from l32jax.checkpoint.sources import Tensor
+from l32jax.checkpoint.transfer import Progress, Told, as_bytes, in_threads, slabs
+
+
+class Differs(Exception):
+    """What was written is not what was read; the message names the first tensor."""
+
+
+def require_same(expected: Slices, actual: Slices, progress: Progress) -> int:
+    """Reads all of both, and returns how many tensors they have. Differs unless bit for bit equal.
+
+    A layer of a stacked parameter is a tensor.
+    """
+    if expected.shapes != actual.shapes:
+        names = expected.shapes.items() ^ actual.shapes.items()
+        raise Differs(f"shape of {min(names)[0]}: it is not that of the source")
+    homes = list(expected.homes())
+    progress.begin("verifying", sum(_tensor(expected, home).nbytes for home in homes))
+    in_threads(
+        [(lambda told, home=home: _same(expected, actual, home, told)) for home in homes], progress
+    )
+    return len(homes)
+
+
+def _same(expected: Slices, actual: Slices, home: Home, told: Told) -> None:
+    if expected.dtypes[home.path] != actual.dtypes[home.path]:
+        was, now = expected.dtypes[home.path], actual.dtypes[home.path]
+        raise Differs(f"dtype of {home}: {now} was written of {was}")
+    for rows in _rows(expected, home):
+        wanted, found = (np.asarray(side.read(home, rows)) for side in (expected, actual))
+        if not np.array_equal(as_bytes(wanted), as_bytes(found)):
+            raise Differs(f"values of {home}: {int((wanted != found).sum())} of them differ")
+        size = wanted.nbytes
+        del wanted, found
+        expected.release()
+        actual.release()
+        told(size)
+
+
+def _tensor(slices: Slices, home: Home) -> Tensor:
+    return Tensor(slices.shape(home), slices.dtypes[home.path])
+
+
+def _rows(slices: Slices, home: Home) -> Iterator[slice]:
+    tensor = _tensor(slices, home)
+    yield from slabs(tensor) if tensor.shape else [ALL]

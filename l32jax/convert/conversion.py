@@ -1,0 +1,173 @@
+"""Checkpoints from one format to another: any size in little memory, and proof that it arrived."""
+
+import hashlib
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l32jax import api
+from l32jax.checkpoint import adapters, peft
+from l32jax.checkpoint.folders import is_remote
+from l32jax.checkpoint.formats import Checkpoint, Format, open_checkpoint
+from l32jax.checkpoint.transfer import SILENT, Progress, write
+from l32jax.config import LlamaConfig
+from l32jax.convert.outputs import OUTPUTS, Kind, Model, losses
+from l32jax.convert.proof import compare_logits, require_equal
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.errors import InputError
+
+QUANTISED = ("q8_0", "q4_0")
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Format | None = None,
+    dtype: Kind | None = None,
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    ranks: int | None = None,
+    verify: bool = False,
+    verify_logits: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> list[str]:
+    """Writes the model, or LoRA adapter, at `source` in another format.
+
+    Returns what there is to know about it, a sentence each.
+
+    Args:
+      to: by default what the destination's name says (.gguf, .safetensors), else "orbax".
+      dtype: of the weights; by default that of the source. Quantised kinds are GGUF's.
+      adapter: a LoRA adapter of the model, PEFT's folder or our file, to be merged.
+      base: the model that `source` is an adapter of; PEFT's folder does not describe it.
+      tokenizer: its file or folder, if the source has none.
+      ranks: files that Meta's format is split into; by default as Meta does.
+      verify: reads both sides again, and compares every tensor, before the destination appears.
+      verify_logits: runs both on a prompt; takes the memory of both models, one after the other.
+      resume: goes on with a conversion that was stopped, killed, or that ran out of room.
+    Raises:
+      InputError: the source is damaged, or cannot be said in that format; nothing is written.
+      Differs: what was written is not what was read.
+      Interrupted: it was asked to stop; `resume` goes on with it.
+    """
+    if is_adapter(source):
+        return _convert_adapter(source, destination, to, base, resume, progress)
+    to = to or _format_by_name(str(destination))
+    _check_request(to, dtype, ranks)
+    opened = open_checkpoint(source)
+    notes = list(opened.notes)
+    checkpoint = _prepared(opened, adapter, None if dtype in QUANTISED else dtype)
+    found = _tokenizer(checkpoint, source, tokenizer)
+    about = _about(to, source)
+    model = Model(checkpoint, found, dtype, ranks, about)
+    output = OUTPUTS[to](model)
+    task = about | {
+        "fingerprint": _fingerprint(source),
+        "adapter": adapter and _fingerprint(adapter),
+        "dtype": dtype,
+        "ranks": ranks,
+    }
+
+    def check(path: Path | str) -> None:
+        if verify:
+            count = require_equal(model, to, path, progress)
+            notes.append(f"verified: {count} tensors are equal, bit by bit")
+        if verify_logits:
+            notes.append(compare_logits(model, path, exact=dtype not in QUANTISED))
+
+    write(output, destination, task, resume=resume, progress=progress, check=check)
+    return notes + losses(model, to)
+
+
+def is_adapter(source: str | Path) -> bool:
+    path = Path(source)
+    return (path / peft.CONFIG).is_file() or (path.is_file() and adapters.is_ours(path))
+
+
+def _open_adapter(
+    source: str | Path, config: LlamaConfig | None
+) -> tuple[adapters.Adapter, LlamaConfig]:
+    if Path(source).is_file():
+        return adapters.open_ours(Path(source))
+    if config is None:
+        raise InputError(
+            f"adapter {str(source)!r}: PEFT's folder does not describe its model; "
+            "give that with --base"
+        )
+    return peft.open_peft(source, config), config
+
+
+def _convert_adapter(
+    source: str | Path,
+    destination: str | Path,
+    to: Format | None,
+    base: str | Path | None,
+    resume: bool,
+    progress: Progress,
+) -> list[str]:
+    """Between PEFT's folder ("hf") and one file of ours ("safetensors"), every bit kept."""
+    to = to or ("safetensors" if Path(destination).suffix == ".safetensors" else "hf")
+    if to not in ("hf", "safetensors"):
+        raise InputError(f"adapter {str(source)!r}: it can be hf or safetensors, not {to}")
+    known = None if base is None else open_checkpoint(base).config
+    adapter, config = _open_adapter(source, known)
+    about = _about(to, source)
+    if to == "hf":
+        name = None if base is None else str(base)
+        output = peft.plan(adapter, config, base_model_name=name, about=about)
+    else:
+        output = adapters.plan_ours(adapter, config, about=about)
+    task = about | {"fingerprint": _fingerprint(source)}
+    write(output, destination, task, resume=resume, progress=progress)
+    return []
+
+
+def _about(to: Format, source: str | Path) -> dict[str, Any]:
+    return {"format": to, "made_by": f"l32jax {version('l32jax')}", "source": str(source)}
+
+
+def _format_by_name(destination: str) -> Format:
+    by_suffix: dict[str, Format] = {".gguf": "gguf", ".safetensors": "safetensors"}
+    return by_suffix.get(Path(destination).suffix, "orbax")
+
+
+def _check_request(to: Format, dtype: Kind | None, ranks: int | None) -> None:
+    if dtype in QUANTISED and to != "gguf":
+        raise InputError(f"dtype {dtype!r}: only GGUF has it; choose another, or write --to gguf")
+    if ranks is not None and to != "meta":
+        raise InputError(f"ranks {ranks}: only Meta's format is split by rank; leave it out")
+
+
+def _prepared(checkpoint: Checkpoint, adapter: str | Path | None, dtype: str | None) -> Checkpoint:
+    """Merged in float32 and rounded once."""
+    slices = checkpoint.slices
+    if adapter is not None:
+        slices = slices if dtype is None else slices.as_dtype(np.float32)
+        slices = adapters.merged(slices, _open_adapter(adapter, checkpoint.config)[0])
+    if dtype is not None:
+        slices = slices.as_dtype(np.dtype(dtype))
+    return replace(checkpoint, slices=slices)
+
+
+def _tokenizer(
+    checkpoint: Checkpoint, source: str | Path, given: str | Path | None
+) -> Tokenizer | None:
+    if given is not None:
+        return Tokenizer.from_file(given)
+    return api.tokenizer_of(checkpoint, source)
+
+
+def _fingerprint(source: str | Path) -> str:
+    """Changes if a file of the source does, in name, size or time."""
+    if is_remote(source):
+        return str(source)
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    lines = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files if f.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
