@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from l32jax.checkpoint import hugging_face
+from l32jax.checkpoint.engine.slices import Home, Slices
+from l32jax.checkpoint.engine.transfer import write
 from l32jax.checkpoint.hugging_face_config import TokenIds
-from l32jax.checkpoint.slices import Home, Slices
-from l32jax.checkpoint.transfer import write
 from l32jax.model.llama import shapes_of
 from l32jax.presets import preset
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from l32jax.checkpoint.folders import is_remote
+from l32jax.checkpoint.engine.folders import is_remote
+from l32jax.checkpoint.engine.slices import load as load_slices
 from l32jax.checkpoint.formats import Checkpoint, open_checkpoint
-from l32jax.checkpoint.slices import load as load_slices
 from l32jax.checkpoint.steps import Steps
 from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig
 from l32jax.config_text import did_you_mean

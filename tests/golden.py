@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l32jax.checkpoint import meta, slices
-from l32jax.checkpoint.sources import Source
+from l32jax.checkpoint import meta
+from l32jax.checkpoint.engine import slices
+from l32jax.checkpoint.engine.sources import Source
 from l32jax.config import Compat, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
 from l32jax.model.attention import Interval
 from l32jax.model.llama import Images, abstract_params, bind, forward

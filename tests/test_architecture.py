@@ -83,6 +83,16 @@ def test_imports_point_down(path):
     assert not wrong, f"{part} must not import {sorted(wrong)}"
 
 
+ENGINE_MAY_IMPORT = {"engine", "failures", "fields"}  # of `checkpoint`: it knows no format
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoint/engine").glob("*.py")), ids=name_of)
+def test_the_engine_of_checkpoints_knows_no_format(path):
+    names = (name.split(".") for name in imported(ast.parse(path.read_text())))
+    used = {name[2] for name in names if name[:2] == ["l32jax", "checkpoint"] and len(name) > 2}
+    assert used <= ENGINE_MAY_IMPORT
+
+
 def test_every_part_has_a_floor():
     parts = {part_of(path) for path in FILES} - {"__init__"}
     assert parts <= set().union(*FLOORS)

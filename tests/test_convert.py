@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import l32jax
-from l32jax.checkpoint import compare, hugging_face, hugging_face_tiles, manifest, own_safetensors
+from l32jax.checkpoint import hugging_face, hugging_face_tiles, own_safetensors
+from l32jax.checkpoint.engine import compare, manifest
+from l32jax.checkpoint.engine.slices import Slices
+from l32jax.checkpoint.engine.transfer import SILENT, write
 from l32jax.checkpoint.formats import open_checkpoint
 from l32jax.checkpoint.hugging_face_config import TokenIds
-from l32jax.checkpoint.slices import Slices
-from l32jax.checkpoint.transfer import SILENT, write
 from l32jax.convert import proof
 from l32jax.convert.conversion import convert
 from l32jax.data.tokenizer import Tokenizer
@@ -170,7 +171,7 @@ def test_a_changed_source_is_not_gone_on_with(sources, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("cable")
 
-    monkeypatch.setattr("l32jax.checkpoint.flat_files.write_at", fail)
+    monkeypatch.setattr("l32jax.checkpoint.engine.flat_files.write_at", fail)
     with pytest.raises(OSError, match="cable"):
         convert(source, tmp_path / "x", to="meta")
     monkeypatch.undo()

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l32jax.checkpoint import own_safetensors, tensors
+from l32jax.checkpoint.engine.flat_files import FlatFiles
+from l32jax.checkpoint.engine.slices import ALL, Home, Shape, Slices
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import ours, their_shapes
+from l32jax.checkpoint.engine.tables import theirs as as_theirs
 from l32jax.checkpoint.fields import Fields
-from l32jax.checkpoint.flat_files import FlatFiles
-from l32jax.checkpoint.slices import ALL, Home, Shape, Slices
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import ours, their_shapes
-from l32jax.checkpoint.tables import theirs as as_theirs
 from l32jax.config import LlamaConfig
 from l32jax.config_text import decode
 from l32jax.errors import InputError

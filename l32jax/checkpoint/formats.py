@@ -14,8 +14,8 @@ from l32jax.checkpoint import (
     native,
     own_safetensors,
 )
-from l32jax.checkpoint.folders import is_remote
-from l32jax.checkpoint.slices import Slices
+from l32jax.checkpoint.engine.folders import is_remote
+from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.steps import is_store
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError

@@ -5,10 +5,9 @@ import os
 import numpy as np
 
 from l32jax.checkpoint import gguf_file
-from l32jax.checkpoint.fields import MAX_LAYERS, Fields, short
-from l32jax.checkpoint.slices import Slices
-from l32jax.checkpoint.sources import Source, Tensor
-from l32jax.checkpoint.tables import (
+from l32jax.checkpoint.engine.slices import Slices
+from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.tables import (
     HEADS_IN,
     HEADS_OUT,
     ROTARY_PAIRS,
@@ -18,6 +17,7 @@ from l32jax.checkpoint.tables import (
     ours,
     placed,
 )
+from l32jax.checkpoint.fields import MAX_LAYERS, Fields, short
 from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of

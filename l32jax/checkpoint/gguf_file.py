@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from l32jax.checkpoint.engine.mapped import Mapped
 from l32jax.checkpoint.fields import short
 from l32jax.checkpoint.gguf_kinds import Kind, numbered
-from l32jax.checkpoint.mapped import Mapped
 from l32jax.errors import InputError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)

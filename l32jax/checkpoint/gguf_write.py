@@ -7,13 +7,13 @@ from typing import Any, Literal
 import numpy as np
 
 from l32jax.checkpoint import gguf_kinds
-from l32jax.checkpoint.flat_files import FlatFile, FlatFiles, Place
+from l32jax.checkpoint.engine.flat_files import FlatFile, FlatFiles, Place
+from l32jax.checkpoint.engine.slices import Slices
+from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.tables import ours, theirs
 from l32jax.checkpoint.gguf import NO_VISION, ROPE_DIVISORS, rope_divisors, table
 from l32jax.checkpoint.gguf_file import ALIGNMENT, ARRAY, MAGIC, STRING, VERSIONS
 from l32jax.checkpoint.gguf_kinds import F16, F32, Kind
-from l32jax.checkpoint.slices import Slices
-from l32jax.checkpoint.sources import Source, Tensor
-from l32jax.checkpoint.tables import ours, theirs
 from l32jax.checkpoint.tensors import joined
 from l32jax.config import DecoderConfig, LlamaConfig
 from l32jax.errors import InputError

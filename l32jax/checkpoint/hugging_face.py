@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l32jax.checkpoint import tensors
-from l32jax.checkpoint.flat_files import FlatFiles
-from l32jax.checkpoint.hugging_face_config import (
-    CONFIG,
-    TokenIds,
-    to_json,
-    token_ids_json,
-)
-from l32jax.checkpoint.hugging_face_tiles import GRID
-from l32jax.checkpoint.manifest import MANIFEST
-from l32jax.checkpoint.slices import Shape, Slices
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import (
+from l32jax.checkpoint.engine.flat_files import FlatFiles
+from l32jax.checkpoint.engine.manifest import MANIFEST
+from l32jax.checkpoint.engine.slices import Shape, Slices
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import (
     HEADS_IN,
     HEADS_OUT,
     SCALAR,
@@ -32,7 +25,14 @@ from l32jax.checkpoint.tables import (
     placed,
     theirs,
 )
-from l32jax.checkpoint.transfer import write
+from l32jax.checkpoint.engine.transfer import write
+from l32jax.checkpoint.hugging_face_config import (
+    CONFIG,
+    TokenIds,
+    to_json,
+    token_ids_json,
+)
+from l32jax.checkpoint.hugging_face_tiles import GRID
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of

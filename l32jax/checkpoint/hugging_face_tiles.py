@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from l32jax.checkpoint.engine.slices import ALL, Home, Shape, Slices
+from l32jax.checkpoint.engine.tables import Layout
 from l32jax.checkpoint.hugging_face_config import ASPECT_RATIOS
-from l32jax.checkpoint.slices import ALL, Home, Shape, Slices
-from l32jax.checkpoint.tables import Layout
 from l32jax.errors import InputError
 
 LOST_TILES = (

@@ -1,8 +1,8 @@
 """Meta's own checkpoints (`consolidated.*.pth`, llama-models): the names of their tensors."""
 
-from l32jax.checkpoint.slices import Slices
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import (
+from l32jax.checkpoint.engine.slices import Slices
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import (
     HEADS_IN,
     HEADS_OUT,
     ROTARY_PAIRS,

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from l32jax.checkpoint.engine.sources import Tensor
 from l32jax.checkpoint.fields import MAX_LAYERS, MAX_SIZE, Fields
-from l32jax.checkpoint.sources import Tensor
 from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
 from l32jax.errors import InputError
 

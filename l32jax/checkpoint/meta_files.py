@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 
 from l32jax.checkpoint import meta, meta_config, meta_quantised, meta_ranks, torch_file
+from l32jax.checkpoint.engine.flat_files import FlatFiles
+from l32jax.checkpoint.engine.slices import Slices
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import Part, theirs
 from l32jax.checkpoint.fields import Fields, read_json
-from l32jax.checkpoint.flat_files import FlatFiles
 from l32jax.checkpoint.meta_config import PARAMS
-from l32jax.checkpoint.slices import Slices
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import Part, theirs
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 

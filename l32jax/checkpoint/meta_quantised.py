@@ -11,9 +11,9 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from l32jax.checkpoint.engine.slices import ALL
+from l32jax.checkpoint.engine.sources import Source, Tensor
 from l32jax.checkpoint.fields import Fields
-from l32jax.checkpoint.slices import ALL
-from l32jax.checkpoint.sources import Source, Tensor
 from l32jax.errors import InputError
 
 SCALES, ZEROS = "scales", "zeros"

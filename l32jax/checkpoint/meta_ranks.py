@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from l32jax.checkpoint.slices import ALL
-from l32jax.checkpoint.sources import Source, Tensor
-from l32jax.checkpoint.transfer import as_bytes, slabs
+from l32jax.checkpoint.engine.slices import ALL
+from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.transfer import as_bytes, slabs
 from l32jax.errors import InputError
 
 # The dimension that the ranks share. Each has all of what is not listed: norms, gates, tables.

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from l32jax.checkpoint import digests
-from l32jax.checkpoint.digests import SIDECAR
-from l32jax.checkpoint.folders import Folder, is_remote
-from l32jax.checkpoint.manifest import MANIFEST, write_manifest
+from l32jax.checkpoint.engine import digests
+from l32jax.checkpoint.engine.digests import SIDECAR
+from l32jax.checkpoint.engine.folders import Folder, is_remote
+from l32jax.checkpoint.engine.manifest import MANIFEST, write_manifest
+from l32jax.checkpoint.engine.slices import Home, Slices
+from l32jax.checkpoint.engine.transfer import Told, Unit
+from l32jax.checkpoint.engine.workplace import Record, Workplace
 from l32jax.checkpoint.native_read import METADATA, PARAMS, open_arrays
 from l32jax.checkpoint.native_write import merge, runs, size_of, write_metadata, write_unit
-from l32jax.checkpoint.slices import Home, Slices
 from l32jax.checkpoint.steps import CONFIG, FILES, STATE, Steps
-from l32jax.checkpoint.transfer import Told, Unit
-from l32jax.checkpoint.workplace import Record, Workplace
 from l32jax.config import LlamaConfig
 from l32jax.config_text import decode
 from l32jax.errors import InputError

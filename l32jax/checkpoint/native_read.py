@@ -17,8 +17,8 @@ import numpy as np
 import tensorstore as ts
 
 from l32jax.checkpoint.arrays import require_equal
-from l32jax.checkpoint.folders import Folder, fresh_context, read_at_most
-from l32jax.checkpoint.slices import Home, Shape, Slices
+from l32jax.checkpoint.engine.folders import Folder, fresh_context, read_at_most
+from l32jax.checkpoint.engine.slices import Home, Shape, Slices
 from l32jax.errors import InputError
 
 METADATA = "_METADATA"

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from l32jax.checkpoint import digests
-from l32jax.checkpoint.folders import Folder, fresh_context
+from l32jax.checkpoint.engine import digests
+from l32jax.checkpoint.engine.folders import Folder, fresh_context
+from l32jax.checkpoint.engine.slices import ALL, Home, Shape, Slices
+from l32jax.checkpoint.engine.transfer import Checksums, Told, as_bytes, require_finite
+from l32jax.checkpoint.engine.workplace import Record
 from l32jax.checkpoint.native_read import DTYPES, METADATA, PARAMS
-from l32jax.checkpoint.slices import ALL, Home, Shape, Slices
-from l32jax.checkpoint.transfer import Checksums, Told, as_bytes, require_finite
-from l32jax.checkpoint.workplace import Record
 
 CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"  # of times and metrics; Orbax warns if it is missing
 UNIT_BYTES = 256 << 20

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from l32jax.checkpoint import tensors
-from l32jax.checkpoint.flat_files import FlatFiles
-from l32jax.checkpoint.slices import Shape, Slices, homes_of
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import SAME, SCALAR, Part, Table, ours, their_shapes, theirs
+from l32jax.checkpoint.engine.flat_files import FlatFiles
+from l32jax.checkpoint.engine.slices import Shape, Slices, homes_of
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import SAME, SCALAR, Part, Table, ours, their_shapes, theirs
 from l32jax.config import LlamaConfig
 from l32jax.config_text import from_json, to_json
 from l32jax.errors import InputError

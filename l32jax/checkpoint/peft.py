@@ -12,11 +12,10 @@ import numpy as np
 
 from l32jax.checkpoint import hugging_face, tensors
 from l32jax.checkpoint.adapters import Adapter, can_be_adapted, pair_of, shapes
-from l32jax.checkpoint.flat_files import FlatFiles
-from l32jax.checkpoint.peft_config import CONFIG, PeftSettings, read_settings
-from l32jax.checkpoint.slices import Shape
-from l32jax.checkpoint.sources import Source, Tensor
-from l32jax.checkpoint.tables import (
+from l32jax.checkpoint.engine.flat_files import FlatFiles
+from l32jax.checkpoint.engine.slices import Shape
+from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.tables import (
     HEADS_IN,
     HEADS_OUT,
     SAME,
@@ -26,6 +25,7 @@ from l32jax.checkpoint.tables import (
     their_shapes,
     theirs,
 )
+from l32jax.checkpoint.peft_config import CONFIG, PeftSettings, read_settings
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO
 
-from l32jax.checkpoint import digests
+from l32jax.checkpoint.engine import digests
 from l32jax.errors import InputError
 
 STATE, CONFIG, ITERATOR, FILES = "state", "config.json", "iterator", "files"

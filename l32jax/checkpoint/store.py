@@ -19,8 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from l32jax.checkpoint import digests
 from l32jax.checkpoint.arrays import named, require_equal
+from l32jax.checkpoint.engine import digests
 from l32jax.checkpoint.failures import SaveError, quieten_orbax, reason
 from l32jax.checkpoint.steps import CONFIG, FILES, ITERATOR, STATE, Steps
 from l32jax.errors import InputError

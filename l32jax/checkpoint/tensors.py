@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from l32jax.checkpoint.engine.flat_files import FlatFile, Place
+from l32jax.checkpoint.engine.mapped import Mapped
+from l32jax.checkpoint.engine.slices import Shape
+from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.fields import read_json
-from l32jax.checkpoint.flat_files import FlatFile, Place
-from l32jax.checkpoint.mapped import Mapped
-from l32jax.checkpoint.slices import Shape
-from l32jax.checkpoint.sources import Source
 from l32jax.errors import InputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

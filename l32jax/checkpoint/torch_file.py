@@ -20,11 +20,11 @@ from typing import NamedTuple
 import numpy as np
 
 from l32jax.checkpoint import torch_pickle
-from l32jax.checkpoint.flat_files import FlatFile, Place
-from l32jax.checkpoint.mapped import Mapped
-from l32jax.checkpoint.sources import Source
+from l32jax.checkpoint.engine.flat_files import FlatFile, Place
+from l32jax.checkpoint.engine.mapped import Mapped
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.workplace import Record
 from l32jax.checkpoint.torch_pickle import View
-from l32jax.checkpoint.workplace import Record
 from l32jax.errors import InputError
 
 PICKLE, BYTE_ORDER, VERSION = "data.pkl", "byteorder", "version"

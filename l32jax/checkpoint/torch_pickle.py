@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from l32jax.checkpoint.slices import Shape
-from l32jax.checkpoint.sources import Tensor
+from l32jax.checkpoint.engine.slices import Shape
+from l32jax.checkpoint.engine.sources import Tensor
 from l32jax.errors import InputError
 
 MAX_BYTES = 2 << 20  # of some 10,000 tensors; 90B has 1,495

@@ -72,8 +72,8 @@ def convert(
     """
     # Tensors are side by side already; to numpy's threads within each, merging loses tenfold.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from l32jax.checkpoint.compare import Differs
-    from l32jax.checkpoint.transfer import Interrupted
+    from l32jax.checkpoint.engine.compare import Differs
+    from l32jax.checkpoint.engine.transfer import Interrupted
     from l32jax.convert.conversion import convert as run
 
     try:

@@ -11,7 +11,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from l32jax.checkpoint import manifest, steps
+from l32jax.checkpoint import steps
+from l32jax.checkpoint.engine import manifest
 from l32jax.config import TrainConfig
 from l32jax.config_text import override, to_json
 from l32jax.errors import InputError

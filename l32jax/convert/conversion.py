@@ -10,9 +10,9 @@ import numpy as np
 
 from l32jax import api
 from l32jax.checkpoint import adapters, peft
-from l32jax.checkpoint.folders import is_remote
+from l32jax.checkpoint.engine.folders import is_remote
+from l32jax.checkpoint.engine.transfer import SILENT, Progress, write
 from l32jax.checkpoint.formats import Checkpoint, Format, open_checkpoint
-from l32jax.checkpoint.transfer import SILENT, Progress, write
 from l32jax.config import LlamaConfig
 from l32jax.convert.outputs import OUTPUTS, Kind, Model, losses
 from l32jax.convert.proof import compare_logits, require_equal

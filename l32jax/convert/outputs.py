@@ -13,9 +13,9 @@ from l32jax.checkpoint import (
     native,
     own_safetensors,
 )
+from l32jax.checkpoint.engine.transfer import Output
 from l32jax.checkpoint.formats import Checkpoint, Format
 from l32jax.checkpoint.hugging_face_config import TokenIds
-from l32jax.checkpoint.transfer import Output
 from l32jax.config_text import to_json
 from l32jax.data.images import preprocessor_json
 from l32jax.data.tokenizer import Tokenizer

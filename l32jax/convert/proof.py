@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from l32jax import api
-from l32jax.checkpoint import compare, gguf_write, hugging_face_tiles
+from l32jax.checkpoint import gguf_write, hugging_face_tiles
+from l32jax.checkpoint.engine import compare
+from l32jax.checkpoint.engine.transfer import Progress
 from l32jax.checkpoint.formats import Checkpoint, Format, open_checkpoint
-from l32jax.checkpoint.transfer import Progress
 from l32jax.convert.outputs import Model
 from l32jax.data.tokenizer import Tokenizer
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from l32jax.checkpoint import native, native_write, transfer
-from l32jax.checkpoint.slices import Home, Slices
+from l32jax.checkpoint import native, native_write
+from l32jax.checkpoint.engine import transfer
+from l32jax.checkpoint.engine.slices import Home, Slices
 
 SHAPES = {
     "decoder/embedding/weight": (1024, 64),

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from l32jax.checkpoint import own_safetensors
-from l32jax.checkpoint.slices import Slices
-from l32jax.checkpoint.transfer import write
+from l32jax.checkpoint.engine.slices import Slices
+from l32jax.checkpoint.engine.transfer import write
 from tests import golden
 from tests.checkpoint_tests.weights import random_params
 

@@ -22,12 +22,12 @@ from l32jax.checkpoint.adapters import (
     plan_ours,
     shapes,
 )
+from l32jax.checkpoint.engine.slices import Home, Slices
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import theirs
+from l32jax.checkpoint.engine.transfer import write
 from l32jax.checkpoint.peft import WEIGHTS, open_peft, plan
 from l32jax.checkpoint.peft_config import BEYOND_LORA, CONFIG
-from l32jax.checkpoint.slices import Home, Slices
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import theirs
-from l32jax.checkpoint.transfer import write
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 from tests import golden

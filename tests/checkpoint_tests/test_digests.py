@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l32jax.checkpoint import digests
+from l32jax.checkpoint.engine import digests
 
 CONTENTS = {"a": b"one byte more than none", "deep/er/b.bin": bytes(range(256)) * 64, "empty": b""}
 

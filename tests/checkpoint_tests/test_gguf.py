@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from l32jax.checkpoint import gguf, gguf_file, gguf_kinds
-from l32jax.checkpoint.slices import load
-from l32jax.checkpoint.tables import ROTARY_PAIRS
+from l32jax.checkpoint.engine.slices import load
+from l32jax.checkpoint.engine.tables import ROTARY_PAIRS
 from l32jax.config import DecoderConfig, LlamaConfig, MeshConfig, RopeScaling
 from l32jax.errors import InputError
 from l32jax.model.rope import frequencies

@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from l32jax.checkpoint import gguf, gguf_file, transfer
+from l32jax.checkpoint import gguf, gguf_file
+from l32jax.checkpoint.engine import transfer
+from l32jax.checkpoint.engine.slices import Slices, load
 from l32jax.checkpoint.gguf_write import FILE_TYPES, plan
-from l32jax.checkpoint.slices import Slices, load
 from l32jax.config import LlamaConfig, RopeScaling, VisionConfig
 from l32jax.errors import InputError
 from l32jax.model.rope import frequencies

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from l32jax import presets
 from l32jax.checkpoint import hugging_face, hugging_face_tiles
+from l32jax.checkpoint.engine.slices import load
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import their_shapes
 from l32jax.checkpoint.formats import open_checkpoint
 from l32jax.checkpoint.hugging_face_config import read_config
-from l32jax.checkpoint.slices import load
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import their_shapes
 from l32jax.config import MeshConfig
 from l32jax.errors import InputError
 from l32jax.model.parameters import flatten

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from l32jax import presets
 from l32jax.checkpoint import meta
-from l32jax.checkpoint.slices import load
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.tables import ROTARY_PAIRS, addresses, their_shapes
+from l32jax.checkpoint.engine.slices import load
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.tables import ROTARY_PAIRS, addresses, their_shapes
 from l32jax.config import MeshConfig
 from l32jax.errors import InputError
 from l32jax.model.parameters import flatten

@@ -11,11 +11,11 @@ import pytest
 
 from l32jax import presets
 from l32jax.checkpoint import meta, meta_config, meta_files, meta_ranks, torch_file
-from l32jax.checkpoint.flat_files import FlatFiles
-from l32jax.checkpoint.slices import Slices, load
-from l32jax.checkpoint.sources import Source, Tensor
-from l32jax.checkpoint.tables import their_shapes
-from l32jax.checkpoint.transfer import write
+from l32jax.checkpoint.engine.flat_files import FlatFiles
+from l32jax.checkpoint.engine.slices import Slices, load
+from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.tables import their_shapes
+from l32jax.checkpoint.engine.transfer import write
 from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l32jax.checkpoint import meta_files, meta_quantised, torch_file
+from l32jax.checkpoint.engine.slices import load
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.transfer import write
 from l32jax.checkpoint.fields import Fields
 from l32jax.checkpoint.meta_quantised import Scheme
-from l32jax.checkpoint.slices import load
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.transfer import write
 from l32jax.errors import InputError
 from tests import golden
 from tests.checkpoint_tests.test_meta import weights

@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from l32jax.checkpoint import digests, native, native_write, transfer
-from l32jax.checkpoint.manifest import MANIFEST
-from l32jax.checkpoint.slices import ALL, Home, Slices, load
+from l32jax.checkpoint import native, native_write
+from l32jax.checkpoint.engine import digests, transfer
+from l32jax.checkpoint.engine.manifest import MANIFEST
+from l32jax.checkpoint.engine.slices import ALL, Home, Slices, load
 from l32jax.checkpoint.steps import verify
 from l32jax.checkpoint.store import Reader, Store
 from l32jax.config_text import to_json

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from l32jax.checkpoint import native, native_write, transfer
-from l32jax.checkpoint.digests import SIDECAR
+from l32jax.checkpoint import native, native_write
+from l32jax.checkpoint.engine import transfer
+from l32jax.checkpoint.engine.digests import SIDECAR
+from l32jax.checkpoint.engine.folders import Folder, is_remote
+from l32jax.checkpoint.engine.slices import Home, Slices, load
 from l32jax.checkpoint.failures import SaveError
-from l32jax.checkpoint.folders import Folder, is_remote
-from l32jax.checkpoint.slices import Home, Slices, load
 from l32jax.config_text import to_json
 from l32jax.errors import InputError
 from l32jax.presets import TINY_TEXT

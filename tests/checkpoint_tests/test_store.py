@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from l32jax.checkpoint import digests
+from l32jax.checkpoint.engine import digests
 from l32jax.checkpoint.steps import is_store, verify
 from l32jax.checkpoint.store import Reader, SaveError, Store
 from l32jax.errors import InputError

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from l32jax.checkpoint import torch_file, torch_pickle
-from l32jax.checkpoint.flat_files import FlatFiles
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.transfer import write
+from l32jax.checkpoint.engine.flat_files import FlatFiles
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.transfer import write
 from l32jax.errors import InputError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

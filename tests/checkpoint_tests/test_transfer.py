@@ -18,11 +18,12 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l32jax.checkpoint import manifest, own_safetensors, workplace
-from l32jax.checkpoint.slices import Slices, load
-from l32jax.checkpoint.sources import Source, Tensor
-from l32jax.checkpoint.transfer import SLAB_BYTES, read_slabs, require_finite, slabs, write
-from l32jax.checkpoint.workplace import Workplace
+from l32jax.checkpoint import own_safetensors
+from l32jax.checkpoint.engine import manifest, workplace
+from l32jax.checkpoint.engine.slices import Slices, load
+from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.transfer import SLAB_BYTES, read_slabs, require_finite, slabs, write
+from l32jax.checkpoint.engine.workplace import Workplace
 from l32jax.errors import InputError
 from l32jax.model.parameters import flatten
 from tests import golden

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from l32jax.checkpoint import hugging_face
+from l32jax.checkpoint.engine.slices import load
+from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.hugging_face_config import read_config
-from l32jax.checkpoint.slices import load
-from l32jax.checkpoint.sources import Source
 from tests import golden
 from tests.checkpoint_tests.weights import assert_same, random_params, targets
 

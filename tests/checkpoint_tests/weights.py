@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from l32jax.checkpoint.slices import Slices
-from l32jax.checkpoint.tables import Table, theirs
+from l32jax.checkpoint.engine.slices import Slices
+from l32jax.checkpoint.engine.tables import Table, theirs
 from l32jax.config import LlamaConfig
 from l32jax.model.llama import abstract_params
 from l32jax.model.parameters import Params, flatten, on_mesh, path_name

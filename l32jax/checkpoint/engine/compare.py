@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from l32jax.checkpoint.slices import ALL, Home, Slices
-from l32jax.checkpoint.sources import Tensor
-from l32jax.checkpoint.transfer import Progress, Told, as_bytes, in_threads, slabs
+from l32jax.checkpoint.engine.slices import ALL, Home, Slices
+from l32jax.checkpoint.engine.sources import Tensor
+from l32jax.checkpoint.engine.transfer import Progress, Told, as_bytes, in_threads, slabs
 
 
 class Differs(Exception):

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from l32jax.checkpoint.digests import SIDECAR
+from l32jax.checkpoint.engine.digests import SIDECAR
+from l32jax.checkpoint.engine.folders import Folder
+from l32jax.checkpoint.engine.workplace import JOURNAL, UNFINISHED, Workplace
 from l32jax.checkpoint.failures import SaveError
-from l32jax.checkpoint.folders import Folder
-from l32jax.checkpoint.workplace import JOURNAL, UNFINISHED, Workplace
 from l32jax.errors import InputError
 
 THREADS = 8  # uploads wait for the network

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from l32jax.checkpoint.slices import Shape, nothing
+from l32jax.checkpoint.engine.slices import Shape, nothing
 
 
 class Tensor(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l32jax.checkpoint.manifest import MANIFEST, write_manifest
-from l32jax.checkpoint.sources import Source
-from l32jax.checkpoint.transfer import Checksums, Told, Unit, as_bytes, read_slabs
-from l32jax.checkpoint.workplace import Record, Workplace
+from l32jax.checkpoint.engine.manifest import MANIFEST, write_manifest
+from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.transfer import Checksums, Told, Unit, as_bytes, read_slabs
+from l32jax.checkpoint.engine.workplace import Record, Workplace
 
 
 class Place(NamedTuple):

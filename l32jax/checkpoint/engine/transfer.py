@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from l32jax.checkpoint.buckets import BucketWorkplace
-from l32jax.checkpoint.folders import Folder, is_remote
-from l32jax.checkpoint.sources import Source, Tensor
-from l32jax.checkpoint.workplace import Record, Workplace
+from l32jax.checkpoint.engine.buckets import BucketWorkplace
+from l32jax.checkpoint.engine.folders import Folder, is_remote
+from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.workplace import Record, Workplace
 from l32jax.errors import InputError
 
 SLAB_BYTES = 32 << 20  # of a tensor at a time

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from l32jax.checkpoint.slices import ALL, Home, Shape, Slices
-from l32jax.checkpoint.sources import Source, Tensor
+from l32jax.checkpoint.engine.slices import ALL, Home, Shape, Slices
+from l32jax.checkpoint.engine.sources import Source, Tensor
 from l32jax.config import BlockKind, DecoderConfig
 from l32jax.errors import InputError
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from l32jax.checkpoint import digests
-from l32jax.checkpoint.manifest import MANIFEST, beside
+from l32jax.checkpoint.engine import digests
+from l32jax.checkpoint.engine.manifest import MANIFEST, beside
 from l32jax.errors import InputError
 
 UNFINISHED, JOURNAL, CONTENT = ".unfinished", "journal.jsonl", "content"
