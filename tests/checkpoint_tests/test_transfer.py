@@ -24,6 +24,7 @@ from l32jax.checkpoint.engine.slices import Slices, load
 from l32jax.checkpoint.engine.sources import Source, Tensor
 from l32jax.checkpoint.engine.transfer import SLAB_BYTES, read_slabs, require_finite, slabs, write
 from l32jax.checkpoint.engine.workplace import Workplace
+from l32jax.checkpoint.failures import SaveError
 from l32jax.errors import InputError
 from l32jax.model.parameters import flatten
 from tests import golden
@@ -224,6 +225,14 @@ def test_room_is_looked_for_before_anything_is_written(slices, tmp_path, monkeyp
     with pytest.raises(InputError, match=r"it needs 0\.0 GiB, .* make room"):
         write(output_of(slices), tmp_path / "x", TASK)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="cable"):
+        write(output_of(failing(slices, OSError("cable"), after=30)), tmp_path / "x", TASK)
+    monkeypatch.setattr(workplace.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    with pytest.raises(SaveError, match="make room"):  # and keeps what was done
+        write(output_of(slices), tmp_path / "x", TASK, resume=True)
+    monkeypatch.undo()
+    write(output_of(slices), tmp_path / "x", TASK, resume=True)
 
 
 def test_one_writer_at_a_time_and_no_overwriting(slices, tmp_path):

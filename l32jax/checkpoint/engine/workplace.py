@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from l32jax.checkpoint.engine import digests
 from l32jax.checkpoint.engine.manifest import MANIFEST, beside
+from l32jax.checkpoint.failures import SaveError
 from l32jax.errors import InputError
 
 UNFINISHED, JOURNAL, CONTENT = ".unfinished", "journal.jsonl", "content"
@@ -61,11 +62,15 @@ class Workplace:
         self._lock.close()
 
     def require_room(self, size: int) -> None:
-        """InputError if fewer than `size` bytes are free, beside what is written already."""
+        """An error if fewer than `size` bytes are free, beside what is written already.
+
+        InputError if nothing is written yet, else SaveError, which keeps what is.
+        """
         there = sum(path.stat().st_blocks * 512 for path in self.directory.rglob("*"))
         free = shutil.disk_usage(self._home).free
         if free + there < size + MARGIN:
-            raise InputError(
+            kind = SaveError if self.done else InputError
+            raise kind(
                 f"destination {str(self.destination)!r}: it needs {size / 2**30:.1f} GiB, "
                 f"{(free + there) / 2**30:.1f} are free; make room, or choose another disk"
             )
