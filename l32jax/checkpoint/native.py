@@ -8,13 +8,13 @@ manifest beside it:
 """
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from l32jax.checkpoint.agreement import undamaged_step
 from l32jax.checkpoint.engine import digests
 from l32jax.checkpoint.engine.digests import SIDECAR
 from l32jax.checkpoint.engine.folders import Folder, is_remote
@@ -31,8 +31,6 @@ from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 
 STEP = "0"
-
-logger = logging.getLogger(__name__)
 
 
 class Native(NamedTuple):
@@ -86,11 +84,9 @@ def _remote_step(folder: Folder) -> Folder:
 def _newest(folder: Folder, verified: bool) -> Folder:
     steps = Steps(folder.where)
     _require_contained(steps.directory)
-    step, complaints = steps.newest_undamaged() if verified else (steps.latest(), {})
+    step = undamaged_step(steps) if verified else steps.latest()
     if step is None:
-        raise steps.nothing_usable(complaints)
-    for bad, complaint in complaints.items():
-        logger.warning("checkpoint in %s: %s; using %d instead", steps.path(bad), complaint, step)
+        raise steps.nothing_usable()
     return folder.child(str(step))
 
 

@@ -59,18 +59,6 @@ class Steps:
             complaints[step] = found[0] + (f" (and {len(found) - 1} more)" if found[1:] else "")
         return None, complaints
 
-    def read(self, name: str, step: int | None = None) -> bytes:
-        """One verified file of a step, by default of the newest. InputError if it is not there."""
-        step = self.latest() if step is None else step
-        if step is None or step not in self.all():
-            raise self.nothing_usable()
-        path = self.path(step)
-        if not (path / name).is_file():
-            raise InputError(f"file {name!r} in {path}: the step has none; save it with the step")
-        if found := digests.problems(path, [name]):
-            raise InputError(f"checkpoint in {path}: {found[0]}; read another step")
-        return (path / name).read_bytes()
-
     def commit(self, step: int) -> None:
         """Makes what was written under the temporary name the step."""
         if self.path(step).exists():

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from l32jax.checkpoint.agreement import undamaged_step
 from l32jax.checkpoint.arrays import named, require_equal
 from l32jax.checkpoint.engine import digests
 from l32jax.checkpoint.failures import SaveError, quieten_orbax, reason
@@ -68,44 +69,18 @@ class Reader:
             (path / CONFIG).read_text(encoding="utf-8"),
         )
 
-    def restore_params(self, target: Any) -> Any:
-        """Only the `params` of the newest undamaged step, for inference and export."""
-        target = {"params": target}
-        return self._restore_arrays(self._undamaged_step(), target, below="params/")["params"]
-
-    def read_config(self, step: int | None = None) -> str:
-        """The config JSON of a step, by default of the newest."""
-        return self._steps.read(CONFIG, step).decode()
-
-    def read_file(self, name: str, step: int | None = None) -> bytes:
-        """An extra file of a step, by default of the newest."""
-        return self._steps.read(f"{FILES}/{name}", step)
-
     def _undamaged_step(self) -> int:
-        """Process 0 looks, and all processes follow it."""
-        step, complaints = None, {}
-        if jax.process_index() == 0:
-            step, complaints = self._steps.newest_undamaged()
-        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-        if chosen < 0:
-            raise self._steps.nothing_usable(complaints)
-        for bad, complaint in complaints.items():
-            path = self._steps.path(bad)
-            logger.warning("checkpoint in %s: %s; using step %d instead", path, complaint, chosen)
-        return chosen
+        return undamaged_step(self._steps)
 
-    def _restore_arrays(self, step: int, target: Any, *, below: str = "") -> Any:
+    def _restore_arrays(self, step: int, target: Any) -> Any:
         path = self._steps.path(step)
         wanted = named(target)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata: Any = checkpointer.metadata(path / STATE)
-            saved = metadata.item_metadata.tree
-            saved = {name: leaf for name, leaf in saved.items() if name.startswith(below)}
-            require_equal(wanted, saved, path)
+            require_equal(wanted, metadata.item_metadata.tree, path)
             arguments = ocp.args.PyTreeRestore(
                 item=wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
             )
             arrays = checkpointer.restore(path / STATE, args=arguments)
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
