@@ -7,6 +7,7 @@ from l32jax.errors import InputError
 
 BlockKind = Literal["self", "cross"]
 Behaviour = Literal["meta", "hf"]
+MAX_PATTERN = 40  # all of 11B, were it irregular: two seconds to trace; 256 take two minutes
 Part = Literal["language_model", "vision_tower", "adapter"]
 
 
@@ -51,6 +52,11 @@ class DecoderConfig:
     def __post_init__(self):
         _require_positive(self, "vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
         _require_positive(self, "mlp_dim", "num_groups", "max_context")
+        if len(self.group_pattern) > MAX_PATTERN:
+            raise InputError(
+                f"group_pattern of {len(self.group_pattern)} blocks: at most {MAX_PATTERN} may "
+                "differ before they repeat, as each is traced and compiled by itself"
+            )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads="

@@ -99,7 +99,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name in value.keys() - hints.keys():
-            raise InputError(f"{where} has no field {name!r}{did_you_mean(name, hints)}")
+            raise InputError(f"{where} has no field {short(name)}{did_you_mean(name, hints)}")
         parts = {name: decode(hints[name], part, f"{where}.{name}") for name, part in value.items()}
         try:
             return kind(**parts)  # type: ignore[operator]
@@ -113,7 +113,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise InputError(f"{where}={value!r} must be one of {', '.join(map(repr, arguments))}")
+        raise InputError(f"{where}={short(value)} must be one of {', '.join(map(repr, arguments))}")
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
         if len(kinds) != len(value):
@@ -125,4 +125,10 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
-    raise InputError(f"{where}={value!r} is a {type(value).__name__}, expected {kind}")
+    raise InputError(f"{where}={short(value)} is a {type(value).__name__}, expected {kind}")
+
+
+def short(value: Any) -> str:
+    """A value in an error's one line, whoever wrote it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

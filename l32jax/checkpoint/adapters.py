@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l32jax.checkpoint import own_safetensors, tensors
+from l32jax.checkpoint import own_config, own_safetensors, tensors
 from l32jax.checkpoint.engine.flat_files import FlatFiles
 from l32jax.checkpoint.engine.slices import ALL, Home, Shape, Slices
 from l32jax.checkpoint.engine.sources import Source
@@ -20,7 +20,6 @@ from l32jax.checkpoint.engine.tables import ours, their_shapes
 from l32jax.checkpoint.engine.tables import theirs as as_theirs
 from l32jax.checkpoint.fields import Fields
 from l32jax.config import LlamaConfig
-from l32jax.config_text import decode
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 from l32jax.model.parameters import is_stacked
@@ -83,7 +82,7 @@ def _require_fit(
     for path in [*found, *expected]:
         if found.get(path) != expected.get(path):
             raise InputError(
-                f"adapter in {where}: {path!r} is {_said(found.get(path))}, and "
+                f"adapter in {where}: {path!r:.200} is {_said(found.get(path))}, and "
                 f"{_said(expected.get(path))} for {model_where}; take the model it was trained with"
             )
 
@@ -154,12 +153,9 @@ def open_ours(path: Path) -> tuple[Adapter, LlamaConfig]:
     text = tensors.read_metadata(path).get(METADATA_KEY)
     if text is None:
         raise InputError(f"adapter in {path}: the file is no adapter of ours; give a PEFT folder")
-    try:
-        fields = Fields(json.loads(text), f"adapter in {path}")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"adapter in {path}: its metadata is not JSON ({error})") from None
+    fields = Fields(own_config.parsed(text, str(path)), f"adapter in {path}")
     rank, scale = fields.size("rank", at_most=MAX_RANK), fields.number("scale")
-    config = decode(LlamaConfig, fields.get("config"), f"config of {path}")
+    config = own_config.read(fields.get("config"), str(path))
     fields.close()
     arrays, release = tensors.open_arrays(path)
     found = {name: array.shape for name, array in arrays.items()}

@@ -6,17 +6,22 @@ import os
 import re
 import sys
 
+from l32jax.errors import one_line
+
 
 class SaveError(OSError):
     """A step could not be written; what was written of it is removed, older steps are as before."""
+
+
+class ReadError(OSError):
+    """What is remote could not be reached; nothing is known to be wrong with it."""
 
 
 def reason(error: BaseException) -> str:
     """In a few words; TensorStore tells a system error in a line of many hundred characters."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    return one_line(error)
 
 
 @functools.cache  # once per process

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from l32jax.config_text import short
 from l32jax.errors import InputError
 
 # Far above the family's; they bound what a damaged file can cost.
@@ -74,15 +75,10 @@ class Fields:
         if unknown := self.values.keys() - self.taken:
             name = min(unknown)
             raise InputError(
-                f"{name!r} in {self.where}: this key (value {short(self.values[name])}) is "
+                f"{short(name)} in {self.where}: this key (value {short(self.values[name])}) is "
                 "unknown here, and may change what the model computes; remove it if it does not"
             )
 
     def refuse(self, name: str, expected: str) -> NoReturn:
         value = short(self.values[name]) if name in self.values else "absent"
-        raise InputError(f"{name!r} in {self.where}: it is {value}, expected {expected}")
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise InputError(f"{short(name)} in {self.where}: it is {value}, expected {expected}")

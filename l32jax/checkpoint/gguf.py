@@ -17,8 +17,10 @@ from l32jax.checkpoint.engine.tables import (
     ours,
     placed,
 )
-from l32jax.checkpoint.fields import MAX_LAYERS, Fields, short
+from l32jax.checkpoint.fields import MAX_LAYERS, Fields
+from l32jax.checkpoint.own_config import located
 from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling
+from l32jax.config_text import short
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 from l32jax.model.rope import frequencies
@@ -75,7 +77,8 @@ def read_config(path: str | os.PathLike) -> LlamaConfig:
         if key.startswith(prefix)
     }
     fields = Fields(values, str(path))
-    config = LlamaConfig(decoder=_decoder(fields, file))
+    with located(str(path)):
+        config = LlamaConfig(decoder=_decoder(fields, file))
     fields.close()
     return config
 

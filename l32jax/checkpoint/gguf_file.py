@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from l32jax.checkpoint.engine.mapped import Mapped
-from l32jax.checkpoint.fields import short
 from l32jax.checkpoint.gguf_kinds import Kind, numbered
-from l32jax.errors import InputError
+from l32jax.config_text import short
+from l32jax.errors import InputError, one_line
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = 32  # of tensors, unless the metadata says otherwise
@@ -79,7 +79,7 @@ def read(path: str | os.PathLike) -> File:
     except InputError:
         raise
     except (ValueError, OSError) as error:
-        raise InputError(f"GGUF file {path}: {error}; download it again") from None
+        raise InputError(f"GGUF file {path}: {one_line(error)}; download it again") from None
 
 
 class _Header:

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l32jax.checkpoint.fields import MAX_LAYERS, Fields, read_json, short
+from l32jax.checkpoint.fields import MAX_LAYERS, Fields, read_json
+from l32jax.checkpoint.own_config import located
 from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
+from l32jax.config_text import short
 from l32jax.errors import InputError
 
 CONFIG = "config.json"
@@ -50,21 +52,25 @@ def read_config(directory: str | Path) -> LlamaConfig:
     """
     path = Path(directory) / CONFIG
     fields = Fields(read_json(path), str(path), HARMLESS)
+    with located(str(path)):
+        config = _model(fields)
+    fields.close()
+    return config
+
+
+def _model(fields: Fields) -> LlamaConfig:
     kind = fields.get("model_type")
     if kind == "llama":
         fields.only("pretraining_tp", 1)
         fields.only("attention_bias", False)
         fields.only("attention_dropout", 0)
         fields.only("mlp_bias", False)
-        config = LlamaConfig(decoder=_decoder(fields, ("self",)))
-    elif kind == "mllama":
-        config = _vision_model(fields)
-    else:
-        raise InputError(
-            f"'model_type' in {path}: it is {short(kind)}, expected 'llama' or 'mllama'"
-        )
-    fields.close()
-    return config
+        return LlamaConfig(decoder=_decoder(fields, ("self",)))
+    if kind == "mllama":
+        return _vision_model(fields)
+    raise InputError(
+        f"'model_type' in {fields.where}: it is {short(kind)}, expected 'llama' or 'mllama'"
+    )
 
 
 def _vision_model(fields: Fields) -> LlamaConfig:
@@ -155,6 +161,7 @@ def _encoder(fields: Fields) -> VisionConfig:
     fields.only("hidden_act", "gelu")
     fields.only("num_channels", 3)
     fields.only("max_num_tiles", 4)
+    fields.only("tie_word_embeddings", True, False)  # 4.45 wrote it here too; there are no words
     fields.only("supported_aspect_ratios", [list(ratio) for ratio in ASPECT_RATIOS])
     fields.only("attention_dropout", 0)
     fields.only("dropout", 0)
@@ -201,6 +208,8 @@ def to_json(config: LlamaConfig, ids: TokenIds, dtype: Any) -> dict[str, Any]:
     pattern = decoder.group_pattern * decoder.num_groups
     cross = [layer for layer, kind in enumerate(pattern) if kind == "cross"]
     text |= {"model_type": "mllama_text_model", "cross_attention_layers": cross}
+    if ids.begin is None:
+        del text["bos_token_id"]  # which transformers 5 lets no vision model set to null
     return {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",

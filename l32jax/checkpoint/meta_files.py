@@ -8,13 +8,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from l32jax.checkpoint import meta, meta_config, meta_quantised, meta_ranks, torch_file
+from l32jax.checkpoint import (
+    meta,
+    meta_config,
+    meta_quantised,
+    meta_ranks,
+    tensors,
+    torch_file,
+)
 from l32jax.checkpoint.engine.flat_files import FlatFiles
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.engine.tables import Part, theirs
 from l32jax.checkpoint.fields import Fields, read_json
 from l32jax.checkpoint.meta_config import PARAMS
+from l32jax.checkpoint.own_config import located
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 
@@ -30,9 +38,10 @@ def read_config(folder: Path) -> LlamaConfig:
     fields = _params(folder)
     scheme = meta_quantised.scheme(fields)
     source = _open(folder, scheme)
-    config = meta_config.from_json(
-        fields, source.tensors, tied=_is_tied(source), quantised=scheme is not None
-    )
+    with located(str(folder)):
+        config = meta_config.from_json(
+            fields, source.tensors, tied=_is_tied(source), quantised=scheme is not None
+        )
     _require_ranks(len(_files(folder)), config, folder)
     return config
 
@@ -75,7 +84,7 @@ def _files(folder: Path) -> list[Path]:
             f"weights in {folder}: of {len(files)} files consolidated*.pth none is {missing!r}; "
             "download the whole folder, into an empty one"
         )
-    return files
+    return [tensors.inside(folder, name) for name in names]
 
 
 def _open(folder: Path, scheme: meta_quantised.Scheme | None) -> Source:

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l32jax.checkpoint import tensors
+from l32jax.checkpoint import own_config, tensors
 from l32jax.checkpoint.engine.flat_files import FlatFiles
 from l32jax.checkpoint.engine.slices import Shape, Slices, homes_of
 from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.engine.tables import SAME, SCALAR, Part, Table, ours, their_shapes, theirs
 from l32jax.config import LlamaConfig
-from l32jax.config_text import from_json, to_json
+from l32jax.config_text import to_json
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 
@@ -40,7 +40,7 @@ def open_model(path: Path) -> tuple[LlamaConfig, Slices]:
             f"weights in {path}: a safetensors file without a config; give the folder that has "
             "its config.json"
         )
-    config = from_json(LlamaConfig, text)
+    config = own_config.read(own_config.parsed(text, str(path)), str(path))
     shapes = shapes_of(config)
     in_rows = their_shapes(table(shapes), shapes)
     arrays, release = tensors.open_arrays(path)

@@ -82,8 +82,9 @@ def _pairs(source: Source) -> dict[str, dict[str, str]]:
             continue
         if match is None or match[2] in pairs.get(match[1], {}):
             raise InputError(
-                f"adapter in {source.where}: tensor {name!r} is more than LoRA of linear layers, "
-                "which alone is read; merge it with PEFT, and convert the merged model"
+                f"adapter in {source.where}: tensor {name!r:.200} is more than LoRA of "
+                "linear layers, which alone is read; merge it with PEFT, and convert the merged "
+                "model"
             )
         pairs.setdefault(match[1], {})[match[2]] = name
     return pairs
@@ -97,14 +98,14 @@ def _modules(source: Source, config: LlamaConfig, settings: PeftSettings) -> dic
             raise InputError(_no_place(name, source, config))
         if len(pair) < 2:
             raise InputError(
-                f"adapter in {source.where}: module {name!r} has lora_{min(pair)} alone; "
+                f"adapter in {source.where}: module {name!r:.200} has lora_{min(pair)} alone; "
                 "download it again"
             )
         linear, a, b = known[name], pair["A"], pair["B"]
         rank = next(iter(source.tensors[a].shape), 0)
         if rank not in settings.ranks:
             raise InputError(
-                f"tensor {a!r} in {source.where}: its rank is {rank}, {CONFIG} says "
+                f"tensor {a!r:.200} in {source.where}: its rank is {rank}, {CONFIG} says "
                 f"{' or '.join(map(str, sorted(settings.ranks)))}; download the two again"
             )
         modules[_module(linear)] = _Module(linear, a, b, rank, settings.scale(name, rank))
@@ -133,7 +134,7 @@ def _no_place(name: str, source: Source, config: LlamaConfig) -> str:
             "untie them in the base, or leave the head out"
         )
     return (
-        f"adapter in {source.where}: module {name!r} has no place in this model, or two; "
+        f"adapter in {source.where}: module {name!r:.200} has no place in this model, or two; "
         "take the model it was trained with"
     )
 
@@ -160,7 +161,7 @@ def open_peft(directory: str | Path, config: LlamaConfig) -> Adapter:
     more than LoRA, for what does not fit the model, and for damaged files.
     """
     directory = Path(directory)
-    settings = read_settings(directory / CONFIG)
+    settings = read_settings(tensors.inside(directory, CONFIG))
     source = tensors.open_file(tensors.inside(directory, WEIGHTS))
     modules = _modules(source, config, settings)
     model = shapes_of(config)

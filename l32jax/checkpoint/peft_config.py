@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from l32jax.checkpoint.adapters import MAX_RANK
-from l32jax.checkpoint.fields import Fields, read_json, short
+from l32jax.checkpoint.fields import Fields, read_json
+from l32jax.config_text import short
 from l32jax.errors import InputError
 
 CONFIG = "adapter_config.json"

@@ -145,4 +145,7 @@ def verify(directory: str | os.PathLike) -> list[str]:
 
 
 def _is_step(path: Path) -> bool:
-    return path.name.isdecimal() and path.is_dir()
+    """Whether it has a name that `Steps.path` gives, of a number that someone can have reached."""
+    name = path.name
+    number = name.isascii() and name.isdecimal() and len(name) < 10 and str(int(name)) == name
+    return number and path.is_dir()

@@ -14,7 +14,8 @@ from l32jax.checkpoint.engine.mapped import Mapped
 from l32jax.checkpoint.engine.slices import Shape
 from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.fields import read_json
-from l32jax.errors import InputError
+from l32jax.config_text import short
+from l32jax.errors import InputError, one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -24,6 +25,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the tensors in a file
+MAX_DIMS, MAX_NAME = 8, 200  # the latter of a file
 PYTORCH = {"format": "pt"}  # transformers insists
 
 
@@ -45,7 +47,7 @@ def open_directory(directory: Path) -> Source:
         expected = {name for name, file in listed.items() if file == path.name}
         if wrong := expected ^ source.tensors.keys():
             raise InputError(
-                f"weights in {path}: tensor {min(wrong)!r} is in the file or in "
+                f"weights in {path}: tensor {min(wrong)!r:.200} is in the file or in "
                 f"{INDEX}, not in both; download the two again"
             )
     return joined(sources, str(directory))
@@ -69,15 +71,16 @@ def inside(directory: Path, name: str) -> Path:
     Links are followed inside of the directory, and to the `blobs` of Hugging Face's cache.
     """
     path = directory / name
-    plain = Path(name).name == name and name not in ("", "..")
+    plain = Path(name).name == name and name not in ("", "..") and len(name) <= MAX_NAME
     if not plain or not name.isprintable() or "\\" in name:
-        raise InputError(f"weights in {directory}: {name!r} is not the name of a file in there")
-    if not path.is_file():
         raise InputError(
-            f"weights in {directory}: there is no file {name!r}; only safetensors are read"
+            f"weights in {directory}: {short(name)} is not the name of a file in there"
         )
+    if not path.is_file():
+        only = "; only safetensors are read" if name.endswith(".safetensors") else ""
+        raise InputError(f"weights in {directory}: there is no file {name!r}{only}")
     home = directory.resolve()
-    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    homes = [home, *(p.parent / "blobs" for p in home.parents if p.name == "snapshots")]
     if not any(path.resolve().is_relative_to(home) for home in homes):
         raise InputError(
             f"weights in {directory}: {name!r} links to {path.resolve()}, outside of it"
@@ -115,7 +118,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(f"weights in {path}: {error}; download the file again") from None
+        raise InputError(f"weights in {path}: {one_line(error)}; download the file again") from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(size)), 8 + size
@@ -124,8 +127,13 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 def _view(content: np.ndarray, entry: dict[str, Any], name: str, path: Path) -> np.ndarray:
     if entry["dtype"] not in DTYPES:
         raise InputError(
-            f"tensor {name!r} in {path}: dtype {entry['dtype']}, expected {', '.join(DTYPES)}; "
-            "quantised weights are not read from this format"
+            f"tensor {name!r:.200} in {path}: dtype {entry['dtype']}, expected "
+            f"{', '.join(DTYPES)}; quantised weights are not read from this format"
+        )
+    if len(entry["shape"]) > MAX_DIMS:
+        raise InputError(
+            f"tensor {name!r:.200} in {path}: it has {len(entry['shape'])} dimensions, at most "
+            f"{MAX_DIMS} are read"
         )
     begin, end = entry["data_offsets"]
     return content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -25,7 +25,7 @@ from l32jax.checkpoint.engine.mapped import Mapped
 from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.engine.workplace import Record
 from l32jax.checkpoint.torch_pickle import View
-from l32jax.errors import InputError
+from l32jax.errors import InputError, one_line
 
 PICKLE, BYTE_ORDER, VERSION = "data.pkl", "byteorder", "version"
 ROOT = "consolidated/"
@@ -58,7 +58,7 @@ def open_file(path: Path) -> Source:
     except InputError as error:
         raise InputError(f"weights in {path}: {error}; nothing of it was executed") from None
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise InputError(f"weights in {path}: {error}; download the file again") from None
+        raise InputError(f"weights in {path}: {one_line(error)}; download the file again") from None
     return Source.of(arrays, str(path), mapped.release)
 
 

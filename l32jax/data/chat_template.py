@@ -55,12 +55,21 @@ def _error(why: str) -> InputError:
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with Hugging Face's settings and additions."""
 
+    intercepted_binops = frozenset(["*", "**"])
+
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         self.globals["raise_exception"] = _raise_exception
         self.filters["tojson"] = _to_json
+        del self.globals["lipsum"]  # Jinja's own: any amount of Latin
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Of products and powers alone a single one can take for ever."""
+        if _size(operator, left, right) > MAX_RENDERED_CHARS:
+            raise _error(f"it makes more than {MAX_RENDERED_CHARS} characters")
+        return super().call_binop(context, operator, left, right)
 
     def count_step(self, context: Context) -> str:
         if next(context.parent["_steps"]) >= MAX_STEPS:
@@ -94,6 +103,20 @@ def _compile(source: str) -> jinja2.Template:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _size(operator: str, left: Any, right: Any) -> int:
+    """About how many digits or items the result has."""
+    match operator, left, right:
+        case "*", int(), int():
+            return left.bit_length() + right.bit_length()
+        case "**", int(), int():
+            return left.bit_length() * abs(right)
+        case "*", int(), str() | list() | tuple():
+            return left * len(right)
+        case "*", str() | list() | tuple(), int():
+            return len(left) * right
+    return 0
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

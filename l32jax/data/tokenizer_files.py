@@ -27,7 +27,7 @@ from l32jax.data.vocabulary import (
     llama3_vocabulary,
     stop_ids,
 )
-from l32jax.errors import InputError
+from l32jax.errors import InputError, one_line
 
 MAX_BYTES = 64 << 20
 # What a splitting expression must keep: all of ASCII, and some of each class of character.
@@ -69,7 +69,7 @@ def _parse(file: Path, data: bytes, neighbours: Mapping[str, bytes]) -> Vocabula
 def _unreadable(file: str | os.PathLike[str], error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
-    why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+    why = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
     return InputError(
         f"tokenizer in {file}: {why}; give an undamaged tokenizer.model, tokenizer.json or .gguf"
     )
@@ -227,7 +227,7 @@ def _from_gguf(header: dict[str, Any]) -> Vocabulary:
             f"its vocabulary is of the kind {model!r}, and only 'gpt2' is byte-level BPE"
         )
     pre = header.get("tokenizer.ggml.pre")
-    if pre not in GGUF_PATTERNS:
+    if not isinstance(pre, str) or pre not in GGUF_PATTERNS:
         raise ValueError(f"its pre-tokenizer {pre!r} is none of {', '.join(GGUF_PATTERNS)}")
     header = {"tokenizer.ggml.merges": [], **header}  # llama.cpp's writer leaves out empty lists
     match [header.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type")]:

@@ -12,6 +12,7 @@ from l32jax import presets
 from l32jax.checkpoint.hugging_face_config import TokenIds, read_config, to_json
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
+from tests import golden
 
 IDS = TokenIds(begin=128_000, stop=(128_001, 128_008, 128_009), pad=128_004)
 TEXT = to_json(presets.LLAMA3_2_1B, IDS, np.float32)
@@ -39,6 +40,14 @@ def test_round_trip_gives_the_preset(name, tmp_path):
     assert again == config
 
 
+def test_without_a_tokenizer_a_vision_model_names_no_first_token():
+    """transformers 5 refuses null there, and in text models takes 1 for what is absent."""
+    nothing = TokenIds(begin=None, stop=(), pad=None)
+    vision = to_json(presets.LLAMA3_2_11B_VISION, nothing, np.float32)
+    assert "bos_token_id" not in vision["text_config"]
+    assert to_json(presets.LLAMA3_2_1B, nothing, np.float32)["bos_token_id"] is None
+
+
 def test_releases_4_and_5_spell_rope_differently(tmp_path):
     assert TEXT["rope_theta"] == 500_000 and TEXT["rope_scaling"] == SCALING
     new = {key: value for key, value in TEXT.items() if not key.startswith("rope_")}
@@ -48,6 +57,17 @@ def test_releases_4_and_5_spell_rope_differently(tmp_path):
     assert read(old, tmp_path) == presets.LLAMA3_2_1B
     for plain in (None, {"rope_type": "default"}, {"type": "default"}):
         assert read(TEXT | {"rope_scaling": plain}, tmp_path).decoder.rope_scaling is None
+
+
+@pytest.mark.parametrize("model", ["text", "vision"])
+def test_configs_that_releases_saved_mean_the_same(model, tmp_path):
+    """Written by transformers 4.45.2, 4.57.6 and 5.23.0 themselves, by `save_pretrained`."""
+    saved = golden.document("hugging_face_configs.json")
+    assert list(saved) == ["4.45.2", "4.57.6", "5.23.0"]
+    first, *others = (read(release[model], tmp_path) for release in saved.values())
+    assert others == [first, first]
+    assert first.decoder.rope_scaling == presets.LLAMA3_2_1B.decoder.rope_scaling
+    assert (first.vision is not None) == (model == "vision")
 
 
 def test_optional_keys_have_transformers_defaults(tmp_path):

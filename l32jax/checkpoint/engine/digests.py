@@ -12,6 +12,7 @@ from pathlib import Path
 
 SIDECAR = "digests.sha256"
 HEADER = "# sha256 of the lines below: "
+MAX_NAME = 500  # characters, with its folders
 THREADS = 8  # hashing lets go of the interpreter lock
 
 
@@ -94,6 +95,12 @@ def _read(sidecar: Path) -> dict[str, str]:
         raise ValueError(sidecar)
     pairs = (line.split("  ", maxsplit=1) for line in body.split("\n")[:-1])
     by_name = {name: digest for digest, name in pairs}
-    if any(os.path.isabs(name) or ".." in Path(name).parts for name in by_name):
+    if not all(map(_is_below, by_name)):
         raise ValueError(sidecar)
     return by_name
+
+
+def _is_below(name: str) -> bool:
+    """Whether it can be the name of a file below a directory, and be told in a line."""
+    plain = name.isprintable() and len(name) <= MAX_NAME
+    return plain and not os.path.isabs(name) and ".." not in Path(name).parts

@@ -183,7 +183,7 @@ def _check(
                 f"tensor {name!r} has shape {list(source.tensors[name].shape)}: {fills}"
             )
     problems += [
-        f"tensor {name!r} of shape {list(tensor.shape)} has no place in this model"
+        f"tensor {name!r:.200} of shape {list(tensor.shape)} has no place in this model"
         for name, tensor in source.tensors.items()
         if name not in homes and name not in ignore
     ]
