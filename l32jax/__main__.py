@@ -33,7 +33,7 @@ VERBS = {
     "generate": Verb("ask:generate", "Answers one prompt, word by word as the words come."),
     "chat": Verb("ask:chat", "Talks with a model, turn by turn."),
     "train": Verb("runs:train", "Trains what a config file describes, or goes on with it."),
-    "convert": Verb("conversion:convert", "Converts a checkpoint into another format."),
+    "convert": Verb("convert:convert", "Converts a checkpoint into another format."),
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every byte of a checkpoint by its digests."),
 }

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from l32jax.api import Model, load
-from l32jax.checkpoint import hugging_face
 from l32jax.config import (
     DataConfig,
     DecoderConfig,
@@ -27,6 +26,7 @@ from l32jax.config import (
     TrainConfig,
     VisionConfig,
 )
+from l32jax.conversion.convert import save
 from l32jax.data import easy_vqa
 from l32jax.data.images import load_image
 from l32jax.data.tokenizer import Tokenizer
@@ -174,21 +174,10 @@ def _trunk_change(config: TrainConfig, mesh: Mesh) -> str:
 
 
 def _export(model: Model, directory: Path) -> Path:
-    """In Hugging Face's format, with the tokenizer in Meta's."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None and tokenizer.bos_id is not None
+    """In Hugging Face's format, tokenizer and image processor included."""
     if directory.exists():
         shutil.rmtree(directory)
-    hugging_face.export(
-        model.params,
-        model.config,
-        directory,
-        dtype=np.float32,
-        ids=hugging_face.TokenIds(
-            begin=tokenizer.bos_id, stop=tokenizer.stop_ids, pad=tokenizer.pad_id
-        ),
-        extra_files={"tokenizer.model": tokenizer.to_bytes()},
-    )
+    save(model, directory, to="hf")
     return directory
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"checkpoint", "data"},
     {"generate", "train"},
     {"api"},
-    {"convert", "evaluate"},
+    {"conversion", "evaluate"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

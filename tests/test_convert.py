@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 
 import l32jax
-from l32jax.checkpoint import hugging_face, hugging_face_tiles, own_safetensors
+from l32jax.checkpoint import hugging_face_tiles, own_safetensors
 from l32jax.checkpoint.engine import compare, manifest
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.transfer import SILENT, write
 from l32jax.checkpoint.formats import open_checkpoint
 from l32jax.checkpoint.hugging_face_config import TokenIds
-from l32jax.convert import proof
-from l32jax.convert.conversion import convert
+from l32jax.conversion import proof
+from l32jax.conversion.convert import convert
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from l32jax.presets import PRESETS
-from tests.checkpoint_tests.weights import random_params
+from tests.checkpoint_tests.weights import (
+    export_hugging_face,
+    random_params,
+)
 
 VISION = PRESETS["tiny-vision"]
 MODELS = {
@@ -44,7 +47,7 @@ def sources(tmp_path_factory, dtype):
     home = tmp_path_factory.mktemp(dtype)
     tokenizer = Tokenizer.bytes_only()
     for name, config in MODELS.items():
-        hugging_face.export(
+        export_hugging_face(
             random_params(config),
             config,
             home / name,
@@ -91,6 +94,16 @@ def test_the_tokenizer_goes_with_the_weights(via, sources, tmp_path):
     model = l32jax.load(tmp_path / "x")
     assert model.tokenizer is not None
     assert tokens_of(model) == tokens_of(l32jax.load(sources / "tiny-text"))
+
+
+def test_a_given_tokenizer_is_kept_beside_what_else_the_source_has(sources, tmp_path):
+    source = shutil.copytree(sources / "tiny-text", tmp_path / "source")
+    for file in source.glob("*tokenizer*"):
+        file.unlink()
+    assert (source / "generation_config.json").exists()
+    convert(source, tmp_path / "x", tokenizer=sources / "tiny-text")
+    assert tokens_of(l32jax.load(tmp_path / "x")) == tokens_of(l32jax.load(sources / "tiny-text"))
+    assert "generation_config.json" in open_checkpoint(tmp_path / "x").files
 
 
 def test_both_sides_are_run_on_a_prompt(sources, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 import l32jax
 from l32jax.checkpoint import gguf_file
-from l32jax.convert.conversion import convert
+from l32jax.conversion.convert import convert
 from tests.data_tests.real_tokenizers import smollm2_file
 from tests.smollm2 import transformers_model
 

@@ -17,6 +17,7 @@ from l32jax.checkpoint import (
 from l32jax.checkpoint.engine.folders import is_remote
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.steps import is_store
+from l32jax.checkpoint.tensors import inside
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 
@@ -41,12 +42,13 @@ class Checkpoint:
     """A model on disk, opened; of its weights nothing is read yet.
 
     Attributes:
+      format: None of a model in memory.
       files: those of its tokenizer and image processor, by name; none for GGUF, whose tokenizer is
         in the file.
       notes: what of the model is not in this format, or not read from it, a sentence each.
     """
 
-    format: Format
+    format: Format | None
     config: LlamaConfig
     slices: Slices
     files: Mapping[str, bytes]
@@ -67,11 +69,13 @@ def open_checkpoint(where: str | Path, *, verified: bool = True) -> Checkpoint:
     if path.is_file():
         return _file(path)
     if (path / hugging_face_config.CONFIG).is_file():
+        inside(path, hugging_face_config.CONFIG)
         config = hugging_face_config.read_config(path)
         slices = hugging_face.open_directory(path, config)
         notes = (hugging_face_tiles.LOST_TILES,) if config.vision else ()
         return Checkpoint("hf", config, slices, _companions(path), notes)
     if (path / meta_files.PARAMS).is_file():
+        inside(path, meta_files.PARAMS)
         config = meta_files.read_config(path)
         slices = meta_files.open_folder(path, config)
         return Checkpoint("meta", config, slices, _companions(path), tuple(meta_files.notes(path)))
@@ -102,7 +106,8 @@ def newest_store(path: Path) -> Path:
     """The checkpoint directory at `path`, or that of the last stage of the run at `path`."""
     if is_store(path):
         return path
-    stages = sorted((child for child in path.iterdir() if is_store(child)), key=_stage_number)
+    children = path.iterdir() if path.is_dir() else ()  # it may be a pipe or a device
+    stages = sorted((child for child in children if is_store(child)), key=_stage_number)
     if not stages:
         raise InputError(
             f"model {str(path)!r}: no config.json, params.json or checkpoint; give a folder of "
@@ -119,9 +124,9 @@ def _stage_number(path: Path) -> tuple[int, str]:
 def _companions(folder: Path) -> dict[str, bytes]:
     found = {}
     for name in COMPANIONS:
-        path = folder / name
-        if not path.is_file():
+        if not (folder / name).is_file():
             continue
+        path = inside(folder, name)
         if path.stat().st_size > MAX_COMPANION_BYTES:
             raise InputError(
                 f"{path}: more than {MAX_COMPANION_BYTES >> 20} MiB; is it the right file?"

@@ -25,7 +25,6 @@ from l32jax.checkpoint.engine.tables import (
     placed,
     theirs,
 )
-from l32jax.checkpoint.engine.transfer import write
 from l32jax.checkpoint.hugging_face_config import (
     CONFIG,
     TokenIds,
@@ -36,7 +35,6 @@ from l32jax.checkpoint.hugging_face_tiles import GRID
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
-from l32jax.model.parameters import Params
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_FILE_BYTES = 5_000_000_000
@@ -214,24 +212,6 @@ def _saved_table(config: LlamaConfig) -> Table:
         else part
         for part in table(untied)
     ]
-
-
-def export(
-    params: Params,
-    config: LlamaConfig,
-    directory: str | os.PathLike,
-    *,
-    dtype: Any,
-    ids: TokenIds,
-    **how: Any,
-) -> None:
-    """Writes parameters in memory, whole or not at all; `how` are further arguments of `plan`.
-
-    `dtype` is float32, float16 or bfloat16. The directory must not exist.
-    """
-    slices = Slices.of(params).as_dtype(dtype)
-    output = plan(slices, config, ids=ids, about={"format": "hf"}, **how)
-    write(output, Path(directory))
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -9,11 +9,12 @@ manifest beside it:
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from l32jax.checkpoint import own_config
 from l32jax.checkpoint.agreement import undamaged_step
 from l32jax.checkpoint.engine import digests
 from l32jax.checkpoint.engine.digests import SIDECAR
@@ -26,7 +27,6 @@ from l32jax.checkpoint.native_read import METADATA, PARAMS, open_arrays
 from l32jax.checkpoint.native_write import merge, runs, size_of, write_metadata, write_unit
 from l32jax.checkpoint.steps import CONFIG, FILES, STATE, Steps
 from l32jax.config import LlamaConfig
-from l32jax.config_text import decode
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 
@@ -60,7 +60,7 @@ def open_store(where: str | os.PathLike, *, verified: bool = True) -> Native:
 
 def _open_step(folder: Folder) -> Native:
     content = folder.read_json(CONFIG)
-    config = decode(LlamaConfig, content.get("model"), f"config of {folder.where}")
+    config = own_config.read(content.get("model"), folder.where)
     slices = open_arrays(folder.child(STATE), shapes_of(config))
     files = folder.child(FILES)
     contents = {name: files.read(name) or b"" for name in files.names() if "/" not in name}
@@ -94,13 +94,13 @@ def _require_contained(directory: Path) -> None:
     """InputError if a link leads out of the directory, or if a file is none (a pipe, a device)."""
     home = directory.resolve()
     for path in directory.rglob("*"):
+        if not (path.is_file() or path.is_dir()):  # as is no link in a circle
+            raise InputError(f"file {str(path)!r}: it is not a regular file; remove it")
         if not path.resolve().is_relative_to(home):
             raise InputError(
                 f"file {str(path)!r}: it links to {path.resolve()}, outside of the checkpoint; "
                 "copy it there"
             )
-        if not (path.is_file() or path.is_dir()):
-            raise InputError(f"file {str(path)!r}: it is not a regular file; remove it")
 
 
 def plan(
@@ -117,6 +117,13 @@ def plan(
         if Path(name).name != name or name in ("", ".."):
             raise InputError(f"extra file {name!r}: not a plain name for a file; rename it")
     return NativeOutput(slices, config_json, files, about)
+
+
+def _require_there(unit: Path, names: Iterable[str]) -> None:
+    """InputError if something of a unit that was finished before is gone."""
+    for name in names:
+        if not (unit / name).is_file():
+            raise InputError(f"unfinished file {str(unit / name)!r}: it was removed; begin again")
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,9 @@ class NativeOutput:
     def units(self, workplace: Workplace) -> list[Unit]:
         state = workplace.directory / STEP / STATE
         state.mkdir(parents=True, exist_ok=True)
+        if workplace.is_local:
+            for unit, record in workplace.done.items():
+                _require_there(state / unit, record["files"])
         return [
             self._unit(state / f"ocdbt.process_{number}", homes, workplace)
             for number, homes in enumerate(runs(self.slices))

@@ -81,8 +81,8 @@ class _Writer:
     """Of one unit; the next chunk is read and hashed while the last one is written."""
 
     def __init__(self, slices: Slices, directory: Path):
-        self._slices = slices
-        self._store = {"driver": "ocdbt", "base": Folder.at(directory).base}
+        self._slices, self._folder = slices, Folder.at(directory)
+        self._store = {"driver": "ocdbt", "base": self._folder.base}
         self._context = fresh_context()
         self._arrays: dict[str, ts.TensorStore] = {}
         self._pending: deque[tuple[ts.WriteFutures, int]] = deque()
@@ -102,9 +102,10 @@ class _Writer:
     def finish(self) -> None:
         """The last commit has no data, so that the root of the unit is in a small file."""
         self._wait(0)
-        store = ts.KvStore.open(self._store, context=self._context).result()
         header = f"{PARAMS}{next(iter(self._arrays))}/.zarray"
-        store.write(header, store.read(header).result().value).result()
+        with self._folder.writing():
+            store = ts.KvStore.open(self._store, context=self._context).result()
+            store.write(header, store.read(header).result().value).result()
 
     def _array(self, home: Home) -> ts.TensorStore:
         if home.path not in self._arrays:
@@ -127,7 +128,8 @@ class _Writer:
             },
             "store_data_equal_to_fill_value": True,
         }
-        return ts.open(spec, create=True, context=self._context).result()
+        with self._folder.writing():
+            return ts.open(spec, create=True, context=self._context).result()
 
     def _send(self, target: ts.TensorStore, values: np.ndarray) -> None:
         future = target.write(values, can_reference_source_data_indefinitely=True)
@@ -136,8 +138,9 @@ class _Writer:
 
     def _wait(self, allowed: int) -> None:
         """Until no more than so many bytes are on their way to the disk."""
-        while sum(size for _, size in self._pending) > allowed:
-            self._pending.popleft()[0].result()
+        with self._folder.writing():
+            while sum(size for _, size in self._pending) > allowed:
+                self._pending.popleft()[0].result()
         self._slices.release()
 
 
@@ -161,12 +164,13 @@ def merge(state: Path, units: Iterable[str]) -> None:
         spec = {"driver": "ocdbt", "base": Folder.at(directory).base, **how}
         return ts.KvStore.open(spec, context=context).result()
 
-    root = opened(state, config={"max_decoded_node_bytes": MAX_NODE_BYTES})
-    transaction = ts.Transaction(atomic=True)
-    for unit in units:
-        part = opened(state / unit)
-        part.experimental_copy_range_to(root.with_transaction(transaction)).result()
-    transaction.commit_async().result()
+    with Folder.at(state).writing():
+        root = opened(state, config={"max_decoded_node_bytes": MAX_NODE_BYTES})
+        transaction = ts.Transaction(atomic=True)
+        for unit in units:
+            part = opened(state / unit)
+            part.experimental_copy_range_to(root.with_transaction(transaction)).result()
+        transaction.commit_async().result()
 
 
 def write_metadata(state: Path, names: Iterable[str]) -> None:

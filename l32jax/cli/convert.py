@@ -74,7 +74,7 @@ def convert(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from l32jax.checkpoint.engine.compare import Differs
     from l32jax.checkpoint.engine.transfer import Interrupted
-    from l32jax.convert.conversion import convert as run
+    from l32jax.conversion.convert import convert as run
 
     try:
         with _stoppable(), _Bar() as bar:
@@ -93,14 +93,19 @@ def convert(
                 progress=bar,
             )
     except (Interrupted, KeyboardInterrupt):
+        if not os.path.exists(destination):  # else it came after the last moment to stop
+            print(
+                "l32jax: stopped; what is done is kept, and the same command with --resume goes on",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+        notes = []
+    except Differs as difference:
         print(
-            f"l32jax: stopped; what is done is in {destination}.unfinished, and the same command "
-            "with --resume goes on",
+            f"l32jax: error: {difference}; {destination} was not made: remove what is unfinished, "
+            "and convert it again",
             file=sys.stderr,
         )
-        return INTERRUPTED
-    except Differs as difference:
-        print(f"l32jax: error: {difference}; {destination} was not made", file=sys.stderr)
         return 1
     for note in notes:
         print(f"l32jax: {note}", file=sys.stderr)
@@ -137,13 +142,14 @@ class _Bar:
         self._task: TaskID | None = None
 
     def __enter__(self) -> "_Bar":
-        self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.stop()
+        if self._task is not None:  # it would print an empty line
+            self._bar.stop()
 
     def begin(self, what: str, total: int) -> None:
+        self._bar.start()
         self._task = self._bar.add_task(what, total=total)
 
     def advance(self, amount: int) -> None:

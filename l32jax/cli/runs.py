@@ -96,6 +96,8 @@ def verify(path: Annotated[Path, arg(metavar="PATH")], /) -> int:
     Args:
       path: of a run, of one of its stages, or of a converted checkpoint.
     """
+    if not path.exists():
+        raise InputError(f"checkpoint {str(path)!r}: no such file or folder here; check the path")
     stages = [child for child in sorted(path.glob("*")) if steps.is_store(child)]
     if not stages and not steps.is_store(path) and (listing := manifest.manifest_of(path)):
         problems = manifest.problems(listing)

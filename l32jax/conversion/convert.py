@@ -11,13 +11,16 @@ import numpy as np
 from l32jax import api
 from l32jax.checkpoint import adapters, peft
 from l32jax.checkpoint.engine.folders import is_remote
+from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.transfer import SILENT, Progress, write
+from l32jax.checkpoint.engine.workplace import UNFINISHED
 from l32jax.checkpoint.formats import Checkpoint, Format, open_checkpoint
 from l32jax.config import LlamaConfig
-from l32jax.convert.outputs import OUTPUTS, Kind, Model, losses
-from l32jax.convert.proof import compare_logits, require_equal
+from l32jax.conversion.outputs import OUTPUTS, TOKENIZER_FILES, Content, Kind, losses
+from l32jax.conversion.proof import compare_logits, require_equal
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
+from l32jax.generate.model import Model, require_matching
 
 QUANTISED = ("q8_0", "q4_0")
 
@@ -46,7 +49,7 @@ def convert(
       dtype: of the weights; by default that of the source. Quantised kinds are GGUF's.
       adapter: a LoRA adapter of the model, PEFT's folder or our file, to be merged.
       base: the model that `source` is an adapter of; PEFT's folder does not describe it.
-      tokenizer: its file or folder, if the source has none.
+      tokenizer: its file or folder; by default the source's own.
       ranks: files that Meta's format is split into; by default as Meta does.
       verify: reads both sides again, and compares every tensor, before the destination appears.
       verify_logits: runs both on a prompt; takes the memory of both models, one after the other.
@@ -63,26 +66,46 @@ def convert(
     opened = open_checkpoint(source)
     notes = list(opened.notes)
     checkpoint = _prepared(opened, adapter, None if dtype in QUANTISED else dtype)
+    if tokenizer is not None:
+        others = {n: c for n, c in checkpoint.files.items() if n not in TOKENIZER_FILES}
+        checkpoint = replace(checkpoint, files=others)
     found = _tokenizer(checkpoint, source, tokenizer)
     about = _about(to, source)
-    model = Model(checkpoint, found, dtype, ranks, about)
-    output = OUTPUTS[to](model)
+    content = Content(checkpoint, found, dtype, ranks, about)
+    output = OUTPUTS[to](content)
     task = about | {
-        "fingerprint": _fingerprint(source),
+        "fingerprint": _fingerprint(source, destination),
         "adapter": adapter and _fingerprint(adapter),
+        "tokenizer": tokenizer and _fingerprint(tokenizer),
         "dtype": dtype,
         "ranks": ranks,
     }
 
     def check(path: Path | str) -> None:
         if verify:
-            count = require_equal(model, to, path, progress)
+            count = require_equal(content, to, path, progress)
             notes.append(f"verified: {count} tensors are equal, bit by bit")
         if verify_logits:
-            notes.append(compare_logits(model, path, exact=dtype not in QUANTISED))
+            notes.append(compare_logits(content, path, exact=dtype not in QUANTISED))
 
     write(output, destination, task, resume=resume, progress=progress, check=check)
-    return notes + losses(model, to)
+    return notes + losses(content, to)
+
+
+def save(
+    model: Model, destination: str | Path, *, to: Format | None = None, dtype: Kind | None = None
+) -> list[str]:
+    """Writes a model that is in memory, with its tokenizer, whole or not at all.
+
+    Returns what the format cannot hold, a sentence each. `to` and `dtype` are as for `convert`.
+    """
+    to = to or _format_by_name(str(destination))
+    _check_request(to, dtype, None)
+    in_memory = Checkpoint(None, model.config, Slices.of(model.params), {})
+    checkpoint = _prepared(in_memory, None, None if dtype in QUANTISED else dtype)
+    content = Content(checkpoint, model.tokenizer, dtype, None, _about(to, "memory"))
+    write(OUTPUTS[to](content), destination)
+    return losses(content, to)
 
 
 def is_adapter(source: str | Path) -> bool:
@@ -123,7 +146,10 @@ def _convert_adapter(
         output = peft.plan(adapter, config, base_model_name=name, about=about)
     else:
         output = adapters.plan_ours(adapter, config, about=about)
-    task = about | {"fingerprint": _fingerprint(source)}
+    task = about | {
+        "fingerprint": _fingerprint(source, destination),
+        "base": None if base is None else str(base),
+    }
     write(output, destination, task, resume=resume, progress=progress)
     return []
 
@@ -158,16 +184,23 @@ def _prepared(checkpoint: Checkpoint, adapter: str | Path | None, dtype: str | N
 def _tokenizer(
     checkpoint: Checkpoint, source: str | Path, given: str | Path | None
 ) -> Tokenizer | None:
-    if given is not None:
-        return Tokenizer.from_file(given)
-    return api.tokenizer_of(checkpoint, source)
+    """InputError if it is another model's."""
+    found = Tokenizer.from_file(given) if given else api.tokenizer_of(checkpoint, source)
+    require_matching(found, checkpoint.config, str(given or source))
+    return found
 
 
-def _fingerprint(source: str | Path) -> str:
-    """Changes if a file of the source does, in name, size or time."""
+def _fingerprint(source: str | Path, destination: str | Path | None = None) -> str:
+    """Changes if a file of the source does, in name, size or time.
+
+    The destination may be made inside of the source; what is there of it does not count.
+    """
     if is_remote(source):
         return str(source)
-    path = Path(source)
+    path = Path(source).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if destination is not None:
+        unfinished = Path(f"{Path(destination).absolute()}{UNFINISHED}")
+        files = [file for file in files if not file.is_relative_to(unfinished)]
     lines = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files if f.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

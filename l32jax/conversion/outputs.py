@@ -13,6 +13,7 @@ from l32jax.checkpoint import (
     native,
     own_safetensors,
 )
+from l32jax.checkpoint.engine.folders import is_remote
 from l32jax.checkpoint.engine.transfer import Output
 from l32jax.checkpoint.formats import Checkpoint, Format
 from l32jax.checkpoint.hugging_face_config import TokenIds
@@ -31,10 +32,17 @@ GGUF_KINDS: dict[str, gguf_write.KindName] = {
     "q4_0": "Q4_0",
 }
 EMBEDDING = "decoder/embedding/weight"
+TOKENIZERS = {"tokenizer.json", "tokenizer.model"}
+TOKENIZER_FILES = TOKENIZERS | {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+}
 
 
 @dataclass(frozen=True)
-class Model:
+class Content:
     """What is written: a checkpoint as it was opened, merged and rounded, and its tokenizer."""
 
     checkpoint: Checkpoint
@@ -48,24 +56,24 @@ class Model:
         return GGUF_KINDS[self.kind or str(self.checkpoint.slices.dtypes[EMBEDDING])]
 
 
-def _hugging_face(model: Model) -> Output:
-    checkpoint, tokenizer = model.checkpoint, model.tokenizer
+def _hugging_face(content: Content) -> Output:
+    checkpoint, tokenizer = content.checkpoint, content.tokenizer
     files = {n: c for n, c in checkpoint.files.items() if n != "tokenizer.model"}
     if "tokenizer.json" not in files and tokenizer is not None:
         vision = checkpoint.config.vision is not None
-        files = hugging_face_files(tokenizer.vocabulary, vision=vision)
+        files |= hugging_face_files(tokenizer.vocabulary, vision=vision)
     if checkpoint.config.vision is not None:
         files.setdefault("preprocessor_config.json", preprocessor_json(checkpoint.config.vision))
     ids = TokenIds(None, (), None)
     if tokenizer is not None:
         ids = TokenIds(tokenizer.bos_id, tokenizer.stop_ids, tokenizer.pad_id)
     return hugging_face.plan(
-        checkpoint.slices, checkpoint.config, ids=ids, about=model.about, extra_files=files
+        checkpoint.slices, checkpoint.config, ids=ids, about=content.about, extra_files=files
     )
 
 
-def _meta(model: Model) -> Output:
-    checkpoint, tokenizer = model.checkpoint, model.tokenizer
+def _meta(content: Content) -> Output:
+    checkpoint, tokenizer = content.checkpoint, content.tokenizer
     file = checkpoint.files.get("tokenizer.model")
     if file is None and tokenizer is not None and tokenizer.is_llama3:
         file = tokenizer.to_bytes()
@@ -73,39 +81,47 @@ def _meta(model: Model) -> Output:
         checkpoint.slices,
         checkpoint.config,
         tokenizer=file,
-        about=model.about,
-        ranks=model.ranks,
+        about=content.about,
+        ranks=content.ranks,
     )
 
 
-def _gguf(model: Model) -> Output:
-    if model.tokenizer is None:
+def _gguf(content: Content) -> Output:
+    if content.tokenizer is None:
         raise InputError("tokenizer of the source: GGUF needs one; give it with --tokenizer")
-    checkpoint = model.checkpoint
+    checkpoint = content.checkpoint
     return gguf_write.plan(
         checkpoint.slices,
         checkpoint.config,
-        kind=model.gguf_kind,
-        tokenizer=gguf_metadata(model.tokenizer.vocabulary),
-        name=Path(str(model.about["source"])).stem,
-        about=model.about,
+        kind=content.gguf_kind,
+        tokenizer=gguf_metadata(content.tokenizer.vocabulary),
+        name=_name(str(content.about["source"])),
+        about=content.about,
     )
 
 
-def _orbax(model: Model) -> Output:
-    checkpoint, files = model.checkpoint, dict(model.checkpoint.files)
-    if not files and model.tokenizer is not None:
-        files = model.tokenizer.files()
+def _name(source: str) -> str:
+    """For people: of a folder all, of a file what is before its format."""
+    if is_remote(source):
+        return source.rstrip("/").rpartition("/")[2]
+    path = Path(source).absolute()
+    return path.stem if path.suffix in (".gguf", ".safetensors") else path.name
+
+
+def _orbax(content: Content) -> Output:
+    checkpoint, files = content.checkpoint, dict(content.checkpoint.files)
+    if content.tokenizer is not None and not files.keys() & TOKENIZERS:
+        files |= content.tokenizer.files()
     config_json = f'{{"model": {to_json(checkpoint.config)}}}'
-    return native.plan(checkpoint.slices, config_json, files, model.about)
+    return native.plan(checkpoint.slices, config_json, files, content.about)
 
 
-def _safetensors(model: Model) -> Output:
-    checkpoint = model.checkpoint
-    return own_safetensors.plan(checkpoint.slices, checkpoint.config, about=model.about)
+def _safetensors(content: Content) -> Output:
+    checkpoint = content.checkpoint
+    return own_safetensors.plan(checkpoint.slices, checkpoint.config, about=content.about)
 
 
-OUTPUTS: Mapping[Format, Callable[[Model], Output]] = {
+OUTPUTS: Mapping[Format, Callable[[Content], Output]] = {
     "hf": _hugging_face,
     "meta": _meta,
     "gguf": _gguf,
@@ -114,13 +130,13 @@ OUTPUTS: Mapping[Format, Callable[[Model], Output]] = {
 }
 
 
-def losses(model: Model, to: Format) -> list[str]:
+def losses(content: Content, to: Format) -> list[str]:
     """What the destination's format could not hold."""
     lost = []
-    if to == "hf" and model.checkpoint.config.vision is not None:
+    if to == "hf" and content.checkpoint.config.vision is not None:
         lost.append(f"lost: {hugging_face_tiles.LOST_TILES}")
-    if model.tokenizer is not None and to == "safetensors":
+    if content.tokenizer is not None and to == "safetensors":
         lost.append("lost: one safetensors file has no place for a tokenizer; keep it beside")
-    if model.tokenizer is not None and to == "meta" and not model.tokenizer.is_llama3:
+    if content.tokenizer is not None and to == "meta" and not content.tokenizer.is_llama3:
         lost.append("lost: Meta's format holds only Llama 3's tokenizer, so none is written")
     return lost

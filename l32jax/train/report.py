@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from l32jax.config import TrainConfig
 
@@ -32,6 +31,8 @@ class Report:
         self._logging = jax.process_index() == 0
         if not self._logging:
             return
+        from tensorboardX import SummaryWriter  # imports torch, where that is: two seconds
+
         directory = Path(config.directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")

@@ -31,7 +31,10 @@ from l32jax.checkpoint.peft_config import BEYOND_LORA, CONFIG
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 from tests import golden
-from tests.checkpoint_tests.weights import random_params
+from tests.checkpoint_tests.weights import (
+    export_hugging_face,
+    random_params,
+)
 
 MODELS = {"text": golden.TEXT, "vision": golden.VISION}
 TIED = dataclasses.replace(
@@ -444,7 +447,7 @@ def bases(params, tmp_path_factory):
     }
     home = tmp_path_factory.mktemp("bases")
     for name, config in MODELS.items():
-        hugging_face.export(params[name], config, home / name, dtype=np.float32, ids=IDS)
+        export_hugging_face(params[name], config, home / name, dtype=np.float32, ids=IDS)
 
     def load(name, folder=None):
         how = {"dtype": "float32", "attn_implementation": "eager"}

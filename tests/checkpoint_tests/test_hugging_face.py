@@ -23,7 +23,13 @@ from l32jax.errors import InputError
 from l32jax.model.parameters import flatten
 from l32jax.sharding import make_mesh
 from tests import golden
-from tests.checkpoint_tests.weights import IN_USE, assert_same, random_params, targets
+from tests.checkpoint_tests.weights import (
+    IN_USE,
+    assert_same,
+    export_hugging_face,
+    random_params,
+    targets,
+)
 
 IDS = hugging_face.TokenIds(begin=1, stop=(2,), pad=None)
 MODELS = {"text": golden.TEXT, "vision": golden.VISION}
@@ -41,8 +47,8 @@ def saved(tmp_path_factory, params):
     """Directories called text and vision, and one of several files called sharded."""
     home = tmp_path_factory.mktemp("saved")
     for name, config in MODELS.items():
-        hugging_face.export(params[name], config, home / name, dtype=np.float32, ids=IDS)
-    hugging_face.export(
+        export_hugging_face(params[name], config, home / name, dtype=np.float32, ids=IDS)
+    export_hugging_face(
         params["text"],
         golden.TEXT,
         home / "sharded",
@@ -78,7 +84,7 @@ def test_round_trip_is_exact_on_every_mesh(name, saved, params):
 def test_meta_and_hugging_face_hold_the_same_model(tmp_path):
     """But for the eight places of the tile grids that are in no aspect ratio."""
     params = golden.load_meta("mllama_tiny_meta", golden.VISION)
-    hugging_face.export(params, golden.VISION, tmp_path / "hf", dtype=np.float32, ids=IDS)
+    export_hugging_face(params, golden.VISION, tmp_path / "hf", dtype=np.float32, ids=IDS)
     back = flatten(load_directory(tmp_path / "hf", golden.VISION))
     assert open_checkpoint(tmp_path / "hf").notes == (hugging_face_tiles.LOST_TILES,)
     for path, leaf in flatten(params).items():
@@ -108,7 +114,7 @@ def test_released_models_have_hugging_faces_parameter_counts(name, count):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_each_dtype_is_written_and_read(dtype, tmp_path, params):
-    hugging_face.export(params["vision"], golden.VISION, tmp_path / "x", dtype=dtype, ids=IDS)
+    export_hugging_face(params["vision"], golden.VISION, tmp_path / "x", dtype=dtype, ids=IDS)
     ours = load(
         hugging_face.open_directory(tmp_path / "x", golden.VISION),
         targets(golden.VISION, dtype=dtype),
@@ -230,7 +236,7 @@ def test_damaged_file_is_an_input_error_or_loads(data, saved, tmp_path):
 
 def test_failed_export_leaves_nothing(tmp_path, params):
     with pytest.raises(OSError, match="too long"):
-        hugging_face.export(
+        export_hugging_face(
             params["text"],
             golden.TEXT,
             tmp_path / "out",
@@ -243,7 +249,7 @@ def test_failed_export_leaves_nothing(tmp_path, params):
 
 def test_export_does_not_overwrite_and_takes_plain_names(saved, params, tmp_path):
     def export(directory, **how):
-        hugging_face.export(
+        export_hugging_face(
             params["text"], golden.TEXT, directory, dtype=np.float32, ids=IDS, **how
         )
 

@@ -22,7 +22,14 @@ from l32jax.checkpoint import own_safetensors
 from l32jax.checkpoint.engine import manifest, workplace
 from l32jax.checkpoint.engine.slices import Slices, load
 from l32jax.checkpoint.engine.sources import Source, Tensor
-from l32jax.checkpoint.engine.transfer import SLAB_BYTES, read_slabs, require_finite, slabs, write
+from l32jax.checkpoint.engine.transfer import (
+    BLOCK_BYTES,
+    SLAB_BYTES,
+    read_slabs,
+    require_finite,
+    slabs,
+    write,
+)
 from l32jax.checkpoint.engine.workplace import Workplace
 from l32jax.checkpoint.failures import SaveError
 from l32jax.errors import InputError
@@ -187,6 +194,18 @@ def test_finite_is_what_numpy_says(bits, wide):
         assert np.isfinite(values.astype(np.float32)).all()
     except InputError:
         assert not np.isfinite(values.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("at", [0, 1, BLOCK_BYTES, -1])
+def test_one_number_among_many_is_found(dtype, at):
+    values = np.zeros((3, BLOCK_BYTES + 7), dtype).T
+    require_finite(values, "x", "y")
+    require_finite(np.zeros((0, 3), dtype), "x", "y")
+    values[at, 1] = np.nan
+    for one in (values, values[at, 1]):
+        with pytest.raises(InputError, match="NaN or infinite"):
+            require_finite(np.asarray(one), "x", "y")
 
 
 @given(

@@ -15,7 +15,12 @@ from l32jax.checkpoint.engine.slices import load
 from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.hugging_face_config import read_config
 from tests import golden
-from tests.checkpoint_tests.weights import assert_same, random_params, targets
+from tests.checkpoint_tests.weights import (
+    assert_same,
+    export_hugging_face,
+    random_params,
+    targets,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -59,7 +64,7 @@ def exported(tmp_path_factory):
     params = {}
     for name, config in {"vision": VISION, "text": golden.TEXT}.items():
         params[name] = random_params(config)
-        hugging_face.export(params[name], config, home / name, dtype=np.float32, ids=IDS)
+        export_hugging_face(params[name], config, home / name, dtype=np.float32, ids=IDS)
     return home, params
 
 
@@ -163,7 +168,7 @@ def test_tied_text_model_crosses_both_ways(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 99, (2, 17))
     expected = run(theirs, input_ids=tokens)
     np.testing.assert_allclose(golden.logits(ours, params, tokens), expected, rtol=0, atol=LIMIT)
-    hugging_face.export(params, ours, tmp_path / "ours", dtype=np.float32, ids=IDS)
+    export_hugging_face(params, ours, tmp_path / "ours", dtype=np.float32, ids=IDS)
     again = transformers_load(transformers.LlamaForCausalLM, tmp_path / "ours")
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
@@ -175,7 +180,7 @@ def test_tied_vision_model_gives_transformers_its_head(tmp_path, exported):
     config = dataclasses.replace(golden.VISION, decoder=decoder)
     params = jax.tree.map(lambda leaf: leaf, exported[1]["vision"])
     params["decoder"] = {k: v for k, v in params["decoder"].items() if k != "head"}
-    hugging_face.export(params, config, tmp_path / "tied", dtype=np.float32, ids=IDS)
+    export_hugging_face(params, config, tmp_path / "tied", dtype=np.float32, ids=IDS)
     model = transformers_load(transformers.MllamaForConditionalGeneration, tmp_path / "tied")
     tokens = np.arange(12)[None]
     expected = run(model, input_ids=tokens)

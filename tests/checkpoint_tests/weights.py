@@ -1,5 +1,6 @@
 """Parameters in which nothing is zero or one by chance, and a way to compare trees of them."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from l32jax.checkpoint import hugging_face
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.tables import Table, theirs
+from l32jax.checkpoint.engine.transfer import write
+from l32jax.checkpoint.hugging_face_config import TokenIds
 from l32jax.config import LlamaConfig
 from l32jax.model.llama import abstract_params
 from l32jax.model.parameters import Params, flatten, on_mesh, path_name
@@ -45,6 +49,14 @@ def tensors_of(table: Table, params: Params) -> dict[str, np.ndarray]:
     """Our parameters as another format's tensors, all of them in memory."""
     source = theirs(table, Slices.of(params))
     return {name: source.read(name, slice(None)) for name in source.tensors}
+
+
+def export_hugging_face(
+    params: Params, config: LlamaConfig, directory: Path, *, dtype: Any, ids: TokenIds, **how: Any
+) -> None:
+    """A folder of Hugging Face's, of whatever the test thinks of; `l32jax.save` is for people."""
+    slices = Slices.of(params).as_dtype(dtype)
+    write(hugging_face.plan(slices, config, ids=ids, about={"format": "hf"}, **how), directory)
 
 
 def assert_same(ours: Params, theirs: Params) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 import l32jax
 from l32jax.__main__ import main
-from l32jax.checkpoint.hugging_face import TokenIds, export
+from l32jax.checkpoint.hugging_face_config import TokenIds
+from tests.checkpoint_tests.weights import export_hugging_face
 from tests.conftest import CACHE
 
 CONFIG = """
@@ -59,7 +60,9 @@ def hugging_face_folder(tmp_path_factory):
     model = l32jax.load("tiny-text")
     ids = TokenIds(begin=256, stop=(264, 265), pad=None)
     files = {"tokenizer.model": model.tokenizer.to_bytes()}
-    export(model.params, model.config, directory, dtype=np.float32, ids=ids, extra_files=files)
+    export_hugging_face(
+        model.params, model.config, directory, dtype=np.float32, ids=ids, extra_files=files
+    )
     return directory
 
 

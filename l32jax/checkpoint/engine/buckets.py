@@ -25,6 +25,8 @@ STAGED_BYTES = 2 << 30  # that the units under way may need on this disk
 class BucketWorkplace(Workplace):
     """See `Workplace`; the working directory holds the journal."""
 
+    is_local = False
+
     def __init__(
         self, destination: Folder, task: Mapping[str, Any] | None, *, resume: bool = False
     ):

@@ -5,14 +5,16 @@ torch's zip. Tensors are written in any order, by several threads, and again aft
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from l32jax.checkpoint.engine.manifest import MANIFEST, write_manifest
+from l32jax.checkpoint.engine.manifest import MANIFEST, rest_of, write_manifest
 from l32jax.checkpoint.engine.sources import Source
 from l32jax.checkpoint.engine.transfer import Checksums, Told, Unit, as_bytes, read_slabs
 from l32jax.checkpoint.engine.workplace import Record, Workplace
+from l32jax.errors import InputError
 
 
 class Place(NamedTuple):
@@ -60,10 +62,12 @@ class FlatFiles:
     def units(self, workplace: Workplace) -> list[Unit]:
         for file in self.files:
             path = workplace.directory / file.name
-            if not path.exists():
-                with path.open("wb") as stream:
-                    stream.write(file.head)
-                    stream.truncate(file.size)
+            if workplace.done:
+                _require_begun(file, path)
+                continue
+            with path.open("wb") as stream:
+                stream.write(file.head)
+                stream.truncate(file.size)
         return [
             Unit(f"{file.name}: {name}", place.size, _writer(file, name, workplace))
             for file in self.files
@@ -71,7 +75,7 @@ class FlatFiles:
         ]
 
     def complete(self, workplace: Workplace, records: Mapping[str, Record]) -> None:
-        tensors = {}
+        tensors, files = {}, {}
         for file in self.files:
             of_file = {name: records[f"{file.name}: {name}"] for name in file.places}
             if file.tail is not None:
@@ -81,9 +85,21 @@ class FlatFiles:
                 place = file.places[name]
                 where = {"file": file.name, "offset": place.offset, "bytes": place.size}
                 tensors[key] = where | {"sha256": record["sha256"]}
+            spans = [(place.offset, place.size) for place in file.places.values()]
+            files[file.name] = rest_of(workplace.directory / file.name, spans)
         for name, content in self.small.items():
             (workplace.directory / name).write_bytes(content)
-        write_manifest(workplace.directory / MANIFEST, self.about, tensors)
+            files[name] = rest_of(workplace.directory / name, ())
+        write_manifest(workplace.directory / MANIFEST, self.about, tensors, files)
+
+
+def _require_begun(file: FlatFile, path: Path) -> None:
+    """InputError unless what was written before is there yet: made anew, it would be zeros."""
+    if path.is_file() and path.stat().st_size == file.size:
+        with path.open("rb") as stream:
+            if stream.read(len(file.head)) == file.head:
+                return
+    raise InputError(f"unfinished file {str(path)!r}: it was removed or changed since; begin again")
 
 
 def _writer(file: FlatFile, name: str, workplace: Workplace) -> Callable[[Told], Record]:

@@ -15,12 +15,13 @@ from typing import Any
 
 import tensorstore as ts
 
-from l32jax.checkpoint.failures import SaveError, reason
+from l32jax.checkpoint.failures import ReadError, SaveError, reason
 from l32jax.checkpoint.fields import MAX_JSON_BYTES
 from l32jax.errors import InputError
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
-RETRIES = {"max_retries": 7, "initial_delay": "500ms"}  # a minute of trouble; then it has failed
+RETRIES = {"max_retries": 5, "initial_delay": "500ms"}  # 15 s of trouble; then it has failed
+UNREACHABLE = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 @functools.cache
@@ -107,28 +108,37 @@ class Folder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        with self._writing():
+        with self.writing():
             self._store().write(name, content).result()
 
     def remove(self) -> None:
         """Whatever is below."""
-        with self._writing():
+        with self.writing():
             self._store().delete_range(ts.KvStore.KeyRange()).result()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """What tensorstore has to say of the content or the way there, as an InputError."""
+        """What tensorstore has to say of the content, as an InputError, or of the way there.
+
+        That is a ReadError: a conversion that was cut off from its source can go on later.
+        """
         try:
             yield
         except (ValueError, OSError, NotImplementedError) as error:
             if isinstance(error, InputError):
                 raise
+            if str(error).startswith(UNREACHABLE):
+                raise ReadError(
+                    f"checkpoint in {self.where}: it cannot be reached ({reason(error)}); check "
+                    "the network, and try again"
+                ) from error
             raise InputError(
                 f"checkpoint in {self.where}: {reason(error)}; check that it is there and whole"
             ) from error
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """What tensorstore has to say of the disk or the way there, as a SaveError."""
         try:
             yield
         except ValueError as error:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l32jax.errors import InputError
 from l32jax.model.parameters import Params, flatten, is_stacked, path_name
 
 Shape = tuple[int, ...]
@@ -59,13 +60,24 @@ class Slices:
         return shape if home.layer is None else shape[1:]
 
     def as_dtype(self, dtype: Any) -> "Slices":
-        """The same values, rounded to `dtype` as they are read."""
+        """The same values, rounded to `dtype` as they are read.
+
+        Reading is an InputError where a finite value is beyond that dtype.
+        """
         dtype = np.dtype(dtype)
-        return replace(
-            self,
-            dtypes=dict.fromkeys(self.shapes, dtype),
-            read=lambda home, rows: np.asarray(self.read(home, rows)).astype(dtype, copy=False),
-        )
+
+        def read(home: Home, rows: slice) -> np.ndarray:
+            values = np.asarray(self.read(home, rows))
+            with np.errstate(over="ignore"):
+                rounded = values.astype(dtype, copy=False)
+            if dtype == np.float16 and (np.isinf(rounded) & np.isfinite(values)).any():
+                raise InputError(
+                    f"values of {home} in {self.where}: some are beyond what float16 can hold; "
+                    "choose bfloat16 or float32"
+                )
+            return rounded
+
+        return replace(self, dtypes=dict.fromkeys(self.shapes, dtype), read=read)
 
     @classmethod
     def of(cls, params: Params, where: str = "memory") -> "Slices":

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ from l32jax.checkpoint.engine.workplace import Record, Workplace
 from l32jax.errors import InputError
 
 SLAB_BYTES = 32 << 20  # of a tensor at a time
+BLOCK_BYTES = 1 << 20  # of a slab, where a pass makes something of the same size
 THREADS = 3  # two that compute, while one waits for the disk
 EXPONENT = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}
 
@@ -137,8 +138,9 @@ def in_threads(tasks: Iterable[Callable[[Told], None]], progress: Progress) -> N
         progress.advance(amount)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(task, told) for task in tasks]
+        futures: list[Future[None]] = []
         try:
+            futures += [pool.submit(task, told) for task in tasks]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
@@ -175,6 +177,13 @@ def require_finite(values: np.ndarray, name: str, where: str) -> None:
 
 
 def _finite(values: np.ndarray) -> bool:
+    """Some rows at a time: what is computed of them stays in the processor's cache."""
+    values = np.atleast_1d(values)
+    step = max(1, BLOCK_BYTES * len(values) // max(values.nbytes, 1))
+    return all(_all_finite(values[i : i + step]) for i in range(0, len(values), step))
+
+
+def _all_finite(values: np.ndarray) -> bool:
     exponent = EXPONENT.get(values.dtype)
     if exponent is None:
         return bool(np.isfinite(values).all())

@@ -31,10 +31,14 @@ Record = dict[str, Any]  # what is to be remembered of a finished unit; JSON
 class Workplace:
     """Held by one process. `directory` is where to write, `done` what was written before.
 
+    `is_local`: what was written stays in the directory.
+
     `task` is what identifies the work: only the same can be resumed, None never. Use as a context
     manager: an InputError removes everything (its source is bad), anything else leaves it for
     `resume`.
     """
+
+    is_local = True
 
     def __init__(self, destination: Path, task: Mapping[str, Any] | None, *, resume: bool = False):
         assert task is not None or not resume
@@ -102,7 +106,7 @@ class Workplace:
         shutil.rmtree(self._home, ignore_errors=True)
 
     def _require_free(self) -> None:
-        if self.destination.exists():
+        if os.path.lexists(self.destination):
             raise InputError(
                 f"destination {str(self.destination)!r}: it exists; choose another name"
             )
@@ -153,7 +157,7 @@ class Workplace:
                 f"{begun.get(name)!r}, this is {task[name]!r}; remove {self._home.name}, or give "
                 "the same"
             )
-        return {line["unit"]: line["record"] for line in lines[1:]}
+        return {line["unit"]: line["record"] for line in lines if "unit" in line}
 
     def _lines(self) -> list[Record]:
         """The journal, without a last line that a kill has cut off."""
@@ -165,7 +169,7 @@ class Workplace:
         if len(whole) < len(content):
             os.truncate(path, len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
+            return [_checked(json.loads(line)) for line in whole.splitlines()]
         except ValueError:
             raise InputError(
                 f"destination {str(self.destination)!r}: the journal in {self._home.name} is "
@@ -177,3 +181,11 @@ class Workplace:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _checked(line: Any) -> Record:
+    """ValueError unless it is a line of a journal."""
+    match line:
+        case {"task": dict()} | {"task": None} | {"unit": str(), "record": dict()}:
+            return line
+    raise ValueError(line)
