@@ -70,6 +70,8 @@ def convert(
       verify_logits: run both on a prompt, one after the other, and compare.
       resume: go on with a conversion that was stopped.
     """
+    # Accelerators have nothing to do here, and to look for them is to take them from others.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Tensors are side by side already; to numpy's threads within each, merging loses tenfold.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from l32jax.checkpoint.engine.compare import Differs
