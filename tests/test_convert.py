@@ -144,6 +144,8 @@ def test_what_a_format_cannot_hold_is_said(sources, tmp_path):
         convert(sources / "tiny-vision", tmp_path / "x.gguf")
     with pytest.raises(InputError, match="only GGUF has it"):
         convert(sources / "tiny-text", tmp_path / "x", dtype="q8_0")
+    with pytest.raises(InputError, match="only orbax is written to buckets, not hf"):
+        convert(sources / "tiny-text", "s3://bucket/x", to="hf")
     with pytest.raises(InputError, match="only Meta's format"):
         convert(sources / "tiny-text", tmp_path / "x", ranks=2)
     assert not list(tmp_path.glob("x*"))

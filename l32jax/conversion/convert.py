@@ -62,7 +62,7 @@ def convert(
     if is_adapter(source):
         return _convert_adapter(source, destination, to, base, resume, progress)
     to = to or _format_by_name(str(destination))
-    _check_request(to, dtype, ranks)
+    _check_request(to, dtype, ranks, destination)
     opened = open_checkpoint(source)
     notes = list(opened.notes)
     checkpoint = _prepared(opened, adapter, None if dtype in QUANTISED else dtype)
@@ -100,7 +100,7 @@ def save(
     Returns what the format cannot hold, a sentence each. `to` and `dtype` are as for `convert`.
     """
     to = to or _format_by_name(str(destination))
-    _check_request(to, dtype, None)
+    _check_request(to, dtype, None, destination)
     in_memory = Checkpoint(None, model.config, Slices.of(model.params), {})
     checkpoint = _prepared(in_memory, None, None if dtype in QUANTISED else dtype)
     content = Content(checkpoint, model.tokenizer, dtype, None, _about(to, "memory"))
@@ -138,6 +138,7 @@ def _convert_adapter(
     to = to or ("safetensors" if Path(destination).suffix == ".safetensors" else "hf")
     if to not in ("hf", "safetensors"):
         raise InputError(f"adapter {str(source)!r}: it can be hf or safetensors, not {to}")
+    _check_request(to, None, None, destination)
     known = None if base is None else open_checkpoint(base).config
     adapter, config = _open_adapter(source, known)
     about = _about(to, source)
@@ -163,7 +164,14 @@ def _format_by_name(destination: str) -> Format:
     return by_suffix.get(Path(destination).suffix, "orbax")
 
 
-def _check_request(to: Format, dtype: Kind | None, ranks: int | None) -> None:
+def _check_request(
+    to: Format, dtype: Kind | None, ranks: int | None, destination: str | Path
+) -> None:
+    if is_remote(destination) and to != "orbax":
+        raise InputError(
+            f"destination {str(destination)!r}: only orbax is written to buckets, not {to}; "
+            "write it to a disk, and copy it from there"
+        )
     if dtype in QUANTISED and to != "gguf":
         raise InputError(f"dtype {dtype!r}: only GGUF has it; choose another, or write --to gguf")
     if ranks is not None and to != "meta":
