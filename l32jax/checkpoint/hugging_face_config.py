@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l32jax.checkpoint.engine.tables import shortest_group
 from l32jax.checkpoint.fields import MAX_LAYERS, Fields, read_json
 from l32jax.checkpoint.own_config import located
 from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
@@ -146,13 +147,8 @@ def _pattern(fields: Fields) -> tuple[BlockKind, ...]:
     layers = fields.size("num_hidden_layers", at_most=MAX_LAYERS)
     if not cross or max(cross) >= layers:
         fields.refuse("cross_attention_layers", f"at least one layer below {layers}")
-    kinds: tuple[BlockKind, ...] = tuple(
-        "cross" if layer in set(cross) else "self" for layer in range(layers)
-    )
-    return next(
-        kinds[:size]
-        for size in range(1, layers + 1)
-        if layers % size == 0 and kinds[:size] * (layers // size) == kinds
+    return shortest_group(
+        tuple("cross" if layer in set(cross) else "self" for layer in range(layers))
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from l32jax.checkpoint.engine.sources import Tensor
+from l32jax.checkpoint.engine.tables import shortest_group
 from l32jax.checkpoint.fields import MAX_LAYERS, MAX_SIZE, Fields
 from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
 from l32jax.errors import InputError
@@ -69,7 +70,7 @@ def _decoder(
         fields.refuse("dim", f"a multiple of n_heads={heads}")
     layers = fields.size("n_layers", at_most=MAX_LAYERS)
     kinds = _kinds(layers, _num_cross(fields, layers) if has_vision else 0)
-    pattern = _group(kinds)
+    pattern = shortest_group(kinds)
     if fields.get("vocab_size") == -1:  # left to the tokenizer
         name = f"{'text_model.' if has_vision else ''}tok_embeddings.weight"
         fields.values["vocab_size"] = _shape(tensors, name, 2)[0]
@@ -135,12 +136,6 @@ def _kinds(num_self: int, num_cross: int) -> tuple[BlockKind, ...]:
             kinds.append("cross")
         kinds.append("self")
     return tuple(kinds)
-
-
-def _group(kinds: tuple[BlockKind, ...]) -> tuple[BlockKind, ...]:
-    """The shortest group whose repetition they are."""
-    sizes = (size for size in range(1, len(kinds) + 1) if len(kinds) % size == 0)
-    return next(kinds[:size] for size in sizes if kinds[:size] * (len(kinds) // size) == kinds)
 
 
 def _encoder(fields: Fields, tensors: Mapping[str, Tensor]) -> VisionConfig:

@@ -11,7 +11,6 @@ A step is written under another name, and renamed when all of it is on the disk:
 step's name is finished.
 """
 
-import fcntl
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO
 
-from l32jax.checkpoint.engine import digests
+from l32jax.checkpoint.engine import digests, locks
 from l32jax.errors import InputError
 
 STATE, CONFIG, ITERATOR, FILES = "state", "config.json", "iterator", "files"
@@ -96,23 +95,7 @@ class Steps:
 
         InputError while another process, or another open file of this one, holds the lock.
         """
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            file = (self.directory / "lock").open("ab")
-        except OSError as error:
-            raise InputError(
-                f"checkpoint in {self.directory}: {error.strerror}; "
-                "give the run a directory that it may write to"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise InputError(
-                f"checkpoint in {self.directory}: another trainer is writing there; "
-                "stop it, or give this run another directory"
-            ) from error
-        return file
+        return locks.take(self.directory, f"checkpoint in {self.directory}")
 
     def nothing_usable(self, complaints: Mapping[int, str] | None = None) -> InputError:
         each = "; ".join(f"step {step}: {text}" for step, text in (complaints or {}).items())

@@ -25,7 +25,7 @@ class Source:
     """Which model answers.
 
     Attributes:
-      model: a Hugging Face folder, a .gguf file, the folder of a run, or a name of `l32jax models`.
+      model: a checkpoint in any format (see `l32jax convert`), a run, or a name of `l32jax models`.
       tokenizer: its file or folder, if it does not stand beside the weights.
       dtype: of weights and computation; bfloat16 by default, on CPU float32.
       compat: whose behaviour to follow where Hugging Face's vision models differ from Meta's.

@@ -44,7 +44,7 @@ def convert(
     """Converts a checkpoint into another format.
 
     Formats are Orbax (ours), Hugging Face, Meta, GGUF and a safetensors file; that of SRC is told
-    by its content. Memory stays below a gigabyte or so, however large the model. DST appears when
+    by its content. Memory stays below 2 GB, however large the model. DST appears when
     all of it is written; until then it is DST.unfinished, and a conversion that was stopped (exit
     code 75) or killed goes on with --resume.
 
@@ -64,7 +64,7 @@ def convert(
       dtype: of the weights, by default that of SRC; q8_0 and q4_0 are for GGUF.
       adapter: a LoRA adapter (PEFT's folder, or our file) to merge into the weights.
       base: the model that SRC, an adapter itself, belongs to.
-      tokenizer: its file or folder, if SRC has none.
+      tokenizer: its file or folder; by default SRC's own.
       ranks: how many files Meta's format is split into; by default as Meta does.
       verify: read both sides again, and compare every tensor.
       verify_logits: run both on a prompt, one after the other, and compare.

@@ -309,7 +309,7 @@ def test_two_writers_exclude_each_other_and_readers_do_not_care(two_steps):
     with Store(directory):
         with pytest.raises(InputError) as error:
             Store(directory)
-        assert_one_line(error, "another trainer", str(directory))
+        assert_one_line(error, "another process is writing there", str(directory))
         assert Reader(directory).restore(target_of(states[2])).step == 2
     Store(directory).close()
 

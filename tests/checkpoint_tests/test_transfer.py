@@ -257,7 +257,7 @@ def test_room_is_looked_for_before_anything_is_written(slices, tmp_path, monkeyp
 def test_one_writer_at_a_time_and_no_overwriting(slices, tmp_path):
     with (
         Workplace(tmp_path / "x", TASK),
-        pytest.raises(InputError, match="another process is writing it"),
+        pytest.raises(InputError, match="another process is writing there"),
     ):
         write(output_of(slices), tmp_path / "x", TASK, resume=True)
     (tmp_path / "y").write_text("mine")

@@ -94,6 +94,12 @@ def addresses(config: DecoderConfig) -> Iterator[Address]:
         seen[kind] += 1
 
 
+def shortest_group(kinds: tuple[BlockKind, ...]) -> tuple[BlockKind, ...]:
+    """The shortest group of blocks whose repetition they are."""
+    sizes = (size for size in range(1, len(kinds) + 1) if len(kinds) % size == 0)
+    return next(kinds[:size] for size in sizes if kinds[:size] * (len(kinds) // size) == kinds)
+
+
 class _Piece(NamedTuple):
     """A part with what the shapes of our parameters say about it."""
 

@@ -8,16 +8,15 @@ A kill at any point leaves the folder, and `resume` goes on with it; what carrie
 name is whole.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from l32jax.checkpoint.engine import digests
+from l32jax.checkpoint.engine import digests, locks
 from l32jax.checkpoint.engine.manifest import MANIFEST, beside
 from l32jax.checkpoint.failures import SaveError
 from l32jax.errors import InputError
@@ -47,7 +46,7 @@ class Workplace:
         self._home = self.destination.with_name(self.destination.name + UNFINISHED)
         self.directory = self._home / CONTENT
         self._resumable = task is not None
-        self._lock = self._take_lock()
+        self._lock = locks.take(self._home, f"destination {str(self.destination)!r}")
         self._mutex = threading.Lock()
         try:
             self.done = (
@@ -113,25 +112,6 @@ class Workplace:
 
     def _discard(self) -> None:
         shutil.rmtree(self._home, ignore_errors=True)
-
-    def _take_lock(self) -> IO[bytes]:
-        try:
-            self._home.mkdir(parents=True, exist_ok=True)
-            file = (self._home / "lock").open("ab")
-        except OSError as error:
-            raise InputError(
-                f"destination {str(self.destination)!r}: {error.strerror}; "
-                "choose a place that can be written to"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise InputError(
-                f"destination {str(self.destination)!r}: another process is writing it; "
-                "wait for it, or stop it"
-            ) from error
-        return file
 
     def _begin(self, task: Mapping[str, Any] | None) -> dict[str, Record]:
         if self._resumable and (self._home / JOURNAL).exists():
