@@ -13,7 +13,7 @@ from tests.checkpoint_tests.fuzzing.seeds import Seed
 ROOT = Path(__file__).parents[3]
 # Of one checkpoint. Seconds are the processor's: others may keep a machine busy for longer. The
 # seeds are a few megabytes.
-MAX_SECONDS, MAX_WALL, MAX_BYTES = 2.0, 20.0, 300 << 20
+MAX_SECONDS, MAX_WALL, MAX_BYTES = 2.0, 60.0, 300 << 20
 CHILD = "tests.checkpoint_tests.fuzzing.opening_child"
 
 
