@@ -1,6 +1,6 @@
 """A checkpoint as large as 11B Vision through `l32jax convert`: memory, speed, kills.
 
-    python benchmarks/convert_large.py --directory /somewhere/with/65/GB
+    python -m benchmarks.convert_large --directory /somewhere/with/65/GB
 
 Makes a Hugging Face folder of random bfloat16 weights, copies it with `cp` to see what the disk can
 do, converts it, and converts it again through three kills at random moments. Caches of the files

@@ -1,6 +1,6 @@
 """A model of full size through every format and back: every byte, and what it costs.
 
-    python benchmarks/convert_round_trip.py --directory /somewhere/with/9/GB --preset llama3.2-1b
+    python -m benchmarks.convert_round_trip --directory /somewhere/with/9/GB --preset llama3.2-1b
 
 Random bfloat16 weights go HF -> Orbax -> HF, HF -> Meta -> Orbax -> Meta, from there to one
 safetensors file -> HF, and HF -> GGUF -> HF. What comes back must have the same bytes, file by file
@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert_large import convert, copy, digests, evict, make, show, size_of
+from benchmarks.convert_large import convert, copy, digests, evict, make, show, size_of
 
 NUM_PIECES = 128_000
 # Where each step begins and ends, and what must come out the same as an earlier one, if anything.
