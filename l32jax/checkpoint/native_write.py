@@ -9,6 +9,7 @@ import math
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ def write_unit(slices: Slices, homes: Sequence[Home], directory: Path, told: Tol
     the directory. InputError if a value is not a finite number.
     """
     shutil.rmtree(directory, ignore_errors=True)
-    writer = _Writer(slices, directory)
-    tensors = {f"{PARAMS}{home}": writer.write(home, told) for home in homes}
-    writer.finish()
+    with closing(_Writer(slices, directory)) as writer:
+        tensors = {f"{PARAMS}{home}": writer.write(home, told) for home in homes}
+        writer.finish()
     return {"tensors": tensors, "files": _digests(directory)}
 
 
@@ -106,6 +107,11 @@ class _Writer:
         with self._folder.writing():
             store = ts.KvStore.open(self._store, context=self._context).result()
             store.write(header, store.read(header).result().value).result()
+
+    def close(self) -> None:
+        """Returns when nothing is written any more, also after a failure: all may be removed."""
+        for future, _ in self._pending:
+            future.commit.exception()
 
     def _array(self, home: Home) -> ts.TensorStore:
         if home.path not in self._arrays:

@@ -219,6 +219,21 @@ def test_another_models_arrays_are_refused(directory):
         native.open_store(directory, verified=False)
 
 
+def test_nothing_is_written_any_more_once_a_unit_has_failed(tmp_path, monkeypatch):
+    """Else removing it races with tensorstore's threads, and leaves half of it."""
+    monkeypatch.setattr(native_write, "CHUNK_BYTES", 32 << 20)
+    values = np.ones((4, 1 << 20, 8), np.float32)
+    values[3, -1] = np.nan
+    slices = Slices.of({"a": values[0] * 1, "b": values[1] * 1, "c": values})
+    for i in range(8):
+        unit = tmp_path / f"unit_{i}"
+        with pytest.raises(InputError, match="NaN or infinite"):
+            native_write.write_unit(slices, list(slices.homes()), unit, lambda _: None)
+        shutil.rmtree(unit)
+        time.sleep(0.1)
+        assert not unit.exists()
+
+
 def test_values_that_are_not_finite_leave_nothing(params, tmp_path):
     slices = Slices.of(jax.tree.map(lambda leaf: leaf * jnp.inf, params))
     with pytest.raises(InputError, match="NaN or infinite"):
