@@ -16,6 +16,7 @@ from l32jax.checkpoint.formats import Checkpoint, open_checkpoint
 from l32jax.checkpoint.steps import Steps
 from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig
 from l32jax.config_text import did_you_mean
+from l32jax.data import tokenizer_files
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
@@ -77,7 +78,7 @@ def tokenizer_of(checkpoint: Checkpoint, where: str | Path) -> Tokenizer | None:
     """The tokenizer that is in a checkpoint, if there is one."""
     if checkpoint.format == "gguf":
         return Tokenizer.from_file(where)
-    if checkpoint.files.keys() & {"tokenizer.model", "tokenizer.json"}:
+    if not checkpoint.files.keys().isdisjoint(tokenizer_files.FILES):
         return Tokenizer.from_files(checkpoint.files, where)
     return None
 

@@ -76,9 +76,8 @@ def open_checkpoint(where: str | Path, *, verified: bool = True) -> Checkpoint:
         return Checkpoint("hf", config, slices, _companions(path), notes)
     if (path / meta_files.PARAMS).is_file():
         inside(path, meta_files.PARAMS)
-        config = meta_files.read_config(path)
-        slices = meta_files.open_folder(path, config)
-        return Checkpoint("meta", config, slices, _companions(path), tuple(meta_files.notes(path)))
+        opened = meta_files.open_folder(path)
+        return Checkpoint("meta", opened.config, opened.slices, _companions(path), opened.notes)
     return _native(newest_store(path), verified)
 
 

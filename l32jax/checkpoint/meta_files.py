@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -30,47 +30,41 @@ TOKENIZER = "tokenizer.model"
 DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """The model that params.json and the shapes of the tensors describe, a text or a vision one.
+class Opened(NamedTuple):
+    """A folder's model. `notes` are what who converts it should know of it, a line each."""
 
-    The head is tied if the file has none, or one that equals the embedding bit by bit.
+    config: LlamaConfig
+    slices: Slices
+    notes: tuple[str, ...]
+
+
+def open_folder(folder: Path) -> Opened:
+    """The model that params.json and the tensors describe, a text or a vision one.
+
+    The head is tied if the files have none, or one that equals the embedding bit by bit.
+    InputError if a file is missing or damaged, or a tensor missing, too many or of another shape.
     """
-    fields = _params(folder)
+    fields = Fields(read_json(folder / PARAMS), str(folder / PARAMS))
     scheme = meta_quantised.scheme(fields)
-    source = _open(folder, scheme)
+    files = _files(folder)
+    source = _open(files, folder, scheme)
     with located(str(folder)):
         config = meta_config.from_json(
             fields, source.tensors, tied=_is_tied(source), quantised=scheme is not None
         )
-    _require_ranks(len(_files(folder)), config, folder)
-    return config
+    _require_ranks(len(files), config, folder)
+    notes = () if scheme is None else (_not_kept(scheme, folder),)
+    return Opened(config, meta.open_tensors(source, config), notes)
 
 
-def open_folder(folder: Path, config: LlamaConfig) -> Slices:
-    """The weights of all ranks as our parameters, which `read_config` has described.
-
-    InputError if a file is missing or damaged, or a tensor missing, too many or of another shape.
-    """
-    return meta.open_tensors(_open(folder, meta_quantised.scheme(_params(folder))), config)
-
-
-def notes(folder: Path) -> list[str]:
-    """What who converts this folder should know of it, a line each."""
-    scheme = meta_quantised.scheme(_params(folder))
-    if scheme is None:
-        return []
+def _not_kept(scheme: meta_quantised.Scheme, folder: Path) -> str:
     parts = ["int4 and int8 weights"]
     parts += ["their adaptors"] if scheme.adaptor else []
     parts += ["their rotations"] if scheme.rotated else []
-    return [
+    return (
         f"{folder}: {' and '.join(parts)} are read as plain float32 matrices; that this model was "
         "made to run with activations rounded to int8 is not kept"
-    ]
-
-
-def _params(folder: Path) -> Fields:
-    path = folder / PARAMS
-    return Fields(read_json(path), str(path))
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -87,9 +81,8 @@ def _files(folder: Path) -> list[Path]:
     return [tensors.inside(folder, name) for name in names]
 
 
-def _open(folder: Path, scheme: meta_quantised.Scheme | None) -> Source:
+def _open(files: list[Path], folder: Path, scheme: meta_quantised.Scheme | None) -> Source:
     """Whole tensors of floating-point numbers under Meta's names."""
-    files = _files(folder)
     source = meta_ranks.joined([torch_file.open_file(file) for file in files], str(folder))
     if scheme is not None:
         if len(files) > 1:

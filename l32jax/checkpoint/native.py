@@ -24,7 +24,7 @@ from l32jax.checkpoint.engine.slices import Home, Slices
 from l32jax.checkpoint.engine.transfer import Told, Unit
 from l32jax.checkpoint.engine.workplace import Record, Workplace
 from l32jax.checkpoint.native_read import METADATA, PARAMS, open_arrays
-from l32jax.checkpoint.native_write import merge, runs, size_of, write_metadata, write_unit
+from l32jax.checkpoint.native_write import merge, units_of, write_metadata, write_unit
 from l32jax.checkpoint.steps import CONFIG, FILES, STATE, Steps
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
@@ -138,7 +138,7 @@ class NativeOutput:
 
     @property
     def size(self) -> int:
-        arrays = sum(size_of(self.slices, home) for home in self.slices.homes())
+        arrays = sum(map(self.slices.nbytes, self.slices.homes()))
         return arrays + sum(map(len, self.files.values()))
 
     def units(self, workplace: Workplace) -> list[Unit]:
@@ -149,7 +149,7 @@ class NativeOutput:
                 _require_there(state / unit, record["files"])
         return [
             self._unit(state / f"ocdbt.process_{number}", homes, workplace)
-            for number, homes in enumerate(runs(self.slices))
+            for number, homes in enumerate(units_of(self.slices))
         ]
 
     def _unit(self, directory: Path, homes: Sequence[Home], workplace: Workplace) -> Unit:
@@ -158,7 +158,7 @@ class NativeOutput:
             workplace.hand_over(directory)
             return record
 
-        return Unit(directory.name, sum(size_of(self.slices, home) for home in homes), write)
+        return Unit(directory.name, sum(map(self.slices.nbytes, homes)), write)
 
     def complete(self, workplace: Workplace, records: Mapping[str, Record]) -> None:
         step = workplace.directory / STEP

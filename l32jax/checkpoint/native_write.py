@@ -19,7 +19,7 @@ import tensorstore as ts
 from l32jax.checkpoint.engine import digests
 from l32jax.checkpoint.engine.folders import Folder, fresh_context
 from l32jax.checkpoint.engine.slices import ALL, Home, Shape, Slices
-from l32jax.checkpoint.engine.transfer import Checksums, Told, as_bytes, require_finite
+from l32jax.checkpoint.engine.transfer import Checksums, Told, as_bytes, require_finite, runs
 from l32jax.checkpoint.engine.workplace import Record
 from l32jax.checkpoint.native_read import DTYPES, METADATA, PARAMS
 
@@ -30,21 +30,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_NODE_BYTES = 100_000_000  # of the root, as in Orbax
 
 
-def size_of(slices: Slices, home: Home) -> int:
-    return math.prod(slices.shape(home)) * slices.dtypes[home.path].itemsize
-
-
-def runs(slices: Slices) -> Iterator[list[Home]]:
-    """Consecutive homes of at most UNIT_BYTES together, unless one is larger."""
-    run, used = [], 0
-    for home in slices.homes():
-        size = size_of(slices, home)
-        if run and used + size > UNIT_BYTES:
-            yield run
-            run, used = [], 0
-        run.append(home)
-        used += size
-    yield run
+def units_of(slices: Slices) -> list[list[Home]]:
+    """What is written together: consecutive homes."""
+    return runs(slices.homes(), slices.nbytes, UNIT_BYTES)
 
 
 def chunk_of(shape: Shape, itemsize: int) -> Shape:

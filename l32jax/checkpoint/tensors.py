@@ -13,6 +13,7 @@ from l32jax.checkpoint.engine.flat_files import FlatFile, Place
 from l32jax.checkpoint.engine.mapped import Mapped
 from l32jax.checkpoint.engine.slices import Shape
 from l32jax.checkpoint.engine.sources import Source
+from l32jax.checkpoint.engine.transfer import runs
 from l32jax.checkpoint.fields import read_json
 from l32jax.config_text import short
 from l32jax.errors import InputError, one_line
@@ -141,7 +142,7 @@ def _view(content: np.ndarray, entry: dict[str, Any], name: str, path: Path) -> 
 
 def plan_files(source: Source, max_file_bytes: int) -> list[FlatFile]:
     """`model.safetensors`, or several files if one would be too large; see `index_of`."""
-    parts = _split(source, max_file_bytes)
+    parts = runs(source.tensors, lambda name: source.tensors[name].nbytes, max_file_bytes)
     if len(parts) == 1:
         return [plan_file(source, parts[0], WEIGHTS)]
     return [
@@ -185,16 +186,3 @@ def plan_file(
         for name, entry in header.items()
     }
     return FlatFile(file, len(head) + end, head, source, places)
-
-
-def _split(source: Source, max_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order."""
-    files: list[list[str]] = [[]]
-    used = 0
-    for name, tensor in source.tensors.items():
-        if used + tensor.nbytes > max_bytes and files[-1]:
-            files.append([])
-            used = 0
-        files[-1].append(name)
-        used += tensor.nbytes
-    return files

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from tyro.conf import arg
 
-INTERRUPTED = 75  # EX_TEMPFAIL: launchers start the command again
+from l32jax.cli import INTERRUPTED
 
 Source = Annotated[str, arg(metavar="SRC")]
 Destination = Annotated[str, arg(metavar="DST")]

@@ -13,11 +13,10 @@ from tyro.conf import arg
 
 from l32jax.checkpoint import steps
 from l32jax.checkpoint.engine import manifest
+from l32jax.cli import INTERRUPTED
 from l32jax.config import TrainConfig
 from l32jax.config_text import override, to_json
 from l32jax.errors import InputError
-
-INTERRUPTED = 75  # EX_TEMPFAIL: launchers start the command again
 
 File = Annotated[Path, arg(metavar="CONFIG.py")]
 Overrides = Annotated[tuple[str, ...], arg(metavar="[FIELD=VALUE ...]", help_behavior_hint="")]

@@ -13,7 +13,7 @@ from l32jax.checkpoint import adapters, peft
 from l32jax.checkpoint.engine.folders import is_remote
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.transfer import SILENT, Progress, write
-from l32jax.checkpoint.engine.workplace import UNFINISHED
+from l32jax.checkpoint.engine.workplace import unfinished
 from l32jax.checkpoint.formats import Checkpoint, Format, open_checkpoint
 from l32jax.config import LlamaConfig
 from l32jax.conversion.outputs import OUTPUTS, TOKENIZER_FILES, Content, Kind, losses
@@ -208,7 +208,7 @@ def _fingerprint(source: str | Path, destination: str | Path | None = None) -> s
     path = Path(source).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     if destination is not None:
-        unfinished = Path(f"{Path(destination).absolute()}{UNFINISHED}")
-        files = [file for file in files if not file.is_relative_to(unfinished)]
+        begun = unfinished(Path(destination))
+        files = [file for file in files if not file.is_relative_to(begun)]
     lines = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files if f.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -18,6 +18,7 @@ from l32jax.checkpoint.engine.transfer import Output
 from l32jax.checkpoint.formats import Checkpoint, Format
 from l32jax.checkpoint.hugging_face_config import TokenIds
 from l32jax.config_text import to_json
+from l32jax.data import tokenizer_files
 from l32jax.data.images import preprocessor_json
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.data.tokenizer_export import gguf_metadata, hugging_face_files
@@ -32,8 +33,8 @@ GGUF_KINDS: dict[str, gguf_write.KindName] = {
     "q4_0": "Q4_0",
 }
 EMBEDDING = "decoder/embedding/weight"
-TOKENIZERS = {"tokenizer.json", "tokenizer.model"}
-TOKENIZER_FILES = TOKENIZERS | {
+TOKENIZER_FILES = {
+    *tokenizer_files.FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -110,7 +111,7 @@ def _name(source: str) -> str:
 
 def _orbax(content: Content) -> Output:
     checkpoint, files = content.checkpoint, dict(content.checkpoint.files)
-    if content.tokenizer is not None and not files.keys() & TOKENIZERS:
+    if content.tokenizer is not None and files.keys().isdisjoint(tokenizer_files.FILES):
         files |= content.tokenizer.files()
     config_json = f'{{"model": {to_json(checkpoint.config)}}}'
     return native.plan(checkpoint.slices, config_json, files, content.about)

@@ -32,7 +32,7 @@ from l32jax.errors import InputError, one_line
 MAX_BYTES = 64 << 20
 # What a splitting expression must keep: all of ASCII, and some of each class of character.
 PROBE = "".join(map(chr, range(0x20, 0x7F))) + "  It's 1234\n\n\tÜber  日本語 "
-RANKS_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+RANKS_FILE, JSON_FILE = FILES = ("tokenizer.model", "tokenizer.json")
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"  # beside JSON_FILE
 
 
@@ -47,7 +47,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
 
 def parse_files(files: Mapping[str, bytes], where: str | os.PathLike[str]) -> Vocabulary:
     """The same from the contents of files by name; the folder `where` they stand is for errors."""
-    for name in (RANKS_FILE, JSON_FILE):
+    for name in FILES:
         if name in files:
             return _parse(Path(where, name), files[name], files)
     raise _absent(where, f"no {RANKS_FILE} or {JSON_FILE}")

@@ -74,9 +74,10 @@ def export(folder: Path, slices, config, ranks=None, tokenizer=None) -> Path:
 def test_round_trip_gives_back_every_byte(name, ranks, tmp_path):
     params, config = MODELS[name]
     theirs = save(tmp_path / "theirs", weights(name), params, ranks)
-    assert meta_files.read_config(theirs) == config
-    back = export(tmp_path / "back", meta_files.open_folder(theirs, config), config, ranks)
-    assert meta_files.read_config(back) == config
+    opened = meta_files.open_folder(theirs)
+    assert opened.config == config
+    back = export(tmp_path / "back", opened.slices, config, ranks)
+    assert meta_files.open_folder(back).config == config
     for file in sorted(theirs.glob("*.pth")):
         old, new = (torch_file.open_file(folder / file.name) for folder in (theirs, back))
         assert new.tensors == old.tensors
@@ -90,7 +91,7 @@ def test_round_trip_gives_back_every_byte(name, ranks, tmp_path):
 def test_golden_weights_are_read_from_ranks_as_from_one_file(name, tmp_path):
     params, config = MODELS[name]
     folder = save(tmp_path / "two", weights(name), params, ranks=2)
-    ours = load(meta_files.open_folder(folder, config), targets(config))
+    ours = load(meta_files.open_folder(folder).slices, targets(config))
     assert_same(ours, golden.load_meta(name, config))
 
 
@@ -98,7 +99,7 @@ def test_torch_loads_the_ranks_of_a_vision_model(tmp_path):
     torch = pytest.importorskip("torch")
     arrays = weights("mllama_tiny_meta")
     config = golden.VISION
-    slices = meta_files.open_folder(save(tmp_path / "theirs", arrays, VISION), config)
+    slices = meta_files.open_folder(save(tmp_path / "theirs", arrays, VISION)).slices
     folder = export(tmp_path / "ours", slices, config, ranks=2)
     parts = [torch.load(file, mmap=True) for file in sorted(folder.glob("*.pth"))]
     assert [part.keys() for part in parts] == [arrays.keys()] * 2
@@ -181,26 +182,29 @@ def test_tied_models_get_a_head_and_are_tied_again(tmp_path):
     head, embedding = (file.read(f"{n}.weight", slice(None)) for n in ("output", "tok_embeddings"))
     np.testing.assert_array_equal(head, embedding)
     assert (folder / "tokenizer.model").read_bytes() == b"ranks"
-    assert meta_files.read_config(folder) == config
-    assert_same(load(meta_files.open_folder(folder, config), targets(config)), params)
+    opened = meta_files.open_folder(folder)
+    assert opened.config == config
+    assert_same(load(opened.slices, targets(config)), params)
 
 
 def test_head_decides_whether_it_is_tied(tmp_path):
     arrays = weights("llama_tiny_meta")
     untied = save(tmp_path / "untied", arrays)
-    assert not meta_files.read_config(untied).decoder.tied_embedding
+    assert not meta_files.open_folder(untied).config.decoder.tied_embedding
     arrays["output.weight"] = arrays["tok_embeddings.weight"].copy()
     arrays["output.weight"][-1, -1] += 1
-    assert not meta_files.read_config(save(tmp_path / "almost", arrays)).decoder.tied_embedding
+    assert not meta_files.open_folder(
+        save(tmp_path / "almost", arrays)
+    ).config.decoder.tied_embedding
     del arrays["output.weight"]
-    assert meta_files.read_config(save(tmp_path / "none", arrays)).decoder.tied_embedding
+    assert meta_files.open_folder(save(tmp_path / "none", arrays)).config.decoder.tied_embedding
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dtypes_are_kept(dtype, tmp_path):
     params = random_params(golden.TEXT)
     folder = export(tmp_path / "m", Slices.of(params).as_dtype(dtype), golden.TEXT)
-    slices = meta_files.open_folder(folder, golden.TEXT)
+    slices = meta_files.open_folder(folder).slices
     assert set(slices.dtypes.values()) == {np.dtype(dtype)}
     loaded = load(slices, targets(golden.TEXT, dtype=dtype))
     assert_same(loaded, load(Slices.of(params), targets(golden.TEXT, dtype=dtype)))
@@ -259,14 +263,14 @@ def test_params_may_be_silent_and_old(tmp_path):
     number = params.pop("vision_num_cross_attention_layers")
     params["vision_model"] = {"cross_attention_adapter": {"num_layers": number}}
     params["vocab_size"] = -1
-    assert meta_files.read_config(save(tmp_path / "old", arrays, params)) == golden.VISION
+    assert meta_files.open_folder(save(tmp_path / "old", arrays, params)).config == golden.VISION
 
 
 def test_explicit_rope_keys_win(tmp_path):
     params = TEXT | {"rope_scaling_factor": 5, "rope_high_freq_factor": 2, "max_context": 99}
-    decoder = meta_files.read_config(
+    decoder = meta_files.open_folder(
         save(tmp_path / "m", weights("llama_tiny_meta"), params)
-    ).decoder
+    ).config.decoder
     assert decoder.rope_scaling == RopeScaling(factor=5.0, high_freq_factor=2.0)
     assert decoder.max_context == 99
 
@@ -288,7 +292,7 @@ def test_explicit_rope_keys_win(tmp_path):
 def test_params_that_do_not_fit_are_refused(change, message, tmp_path):
     folder = save(tmp_path / "m", weights("llama_tiny_meta"), TEXT | change)
     with pytest.raises(InputError, match=message) as caught:
-        meta_files.open_folder(folder, meta_files.read_config(folder))
+        meta_files.open_folder(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -304,10 +308,10 @@ def test_vision_params_that_do_not_fit_are_refused(tmp_path):
     ):
         folder = save(tmp_path / str(number), arrays, VISION | change)
         with pytest.raises(InputError, match=message):
-            meta_files.open_folder(folder, meta_files.read_config(folder))
+            meta_files.open_folder(folder)
     folder = save(tmp_path / "text", weights("llama_tiny_meta"), VISION)
     with pytest.raises(InputError, match=r"conv1._linear.weight': a checkpoint with this params"):
-        meta_files.read_config(folder)
+        meta_files.open_folder(folder)
 
 
 def rename(folder: Path, old: str, new: str) -> None:
@@ -329,7 +333,7 @@ def test_missing_files_are_one_error_that_names_them(damage, message, tmp_path):
     folder = save(tmp_path / "m", weights("llama_tiny_meta"), ranks=2)
     damage(folder)
     with pytest.raises(InputError, match=message) as caught:
-        meta_files.open_folder(folder, meta_files.read_config(folder))
+        meta_files.open_folder(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -362,13 +366,13 @@ def test_ranks_that_disagree_are_refused(change, message, tmp_path):
     folder = save(tmp_path / "m", weights("llama_tiny_meta"), ranks=2)
     replace_rank(folder, change)
     with pytest.raises(InputError, match=message):
-        meta_files.read_config(folder)
+        meta_files.open_folder(folder)
 
 
 def test_more_ranks_than_heads_are_refused(tmp_path):
     """As in the release of 405B for 16 devices, which repeats its key and value heads."""
     arrays = weights("llama_tiny_meta")
-    slices = meta_files.open_folder(save(tmp_path / "one", arrays), golden.TEXT)
+    slices = meta_files.open_folder(save(tmp_path / "one", arrays)).slices
     for ranks in (0, 4):
         with pytest.raises(InputError, match=f"{ranks} ranks in .* there are 2; use at most"):
             meta_files.plan(slices, golden.TEXT, tokenizer=None, about={}, ranks=ranks)
@@ -378,7 +382,7 @@ def test_more_ranks_than_heads_are_refused(tmp_path):
         for name, a in arrays.items()
     }  # fmt: skip
     with pytest.raises(InputError, match="4 ranks in .* there are 2"):
-        meta_files.read_config(save(tmp_path / "four", repeated, ranks=4))
+        meta_files.open_folder(save(tmp_path / "four", repeated, ranks=4))
 
 
 def test_tensors_without_even_parts_are_refused():
@@ -422,7 +426,7 @@ def test_quantised_tensors_of_a_plain_checkpoint_are_refused(tmp_path):
     torch.save(arrays, tmp_path / "consolidated.pth")
     (tmp_path / "params.json").write_text(json.dumps(TEXT))
     with pytest.raises(InputError, match="'norm.weight' in .*: dtype int8, expected float32"):
-        meta_files.read_config(tmp_path)
+        meta_files.open_folder(tmp_path)
 
 
 @pytest.fixture

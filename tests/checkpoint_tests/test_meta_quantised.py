@@ -175,10 +175,10 @@ def test_only_the_mlps_second_matrix_is_rotated_back(plain):
 def test_folder_is_read_as_a_model_of_its_own(extra, adaptors, tmp_path):
     stored = quantise(weights("llama_tiny_meta"), adaptors=adaptors)
     folder = save(tmp_path / "m", stored, extra)
-    config = meta_files.read_config(folder)
+    config, slices, _ = meta_files.open_folder(folder)
     decoder = dataclasses.replace(golden.TEXT.decoder, max_context=8192)
     assert config == dataclasses.replace(golden.TEXT, decoder=decoder)
-    params = load(meta_files.open_folder(folder, config), targets(config))
+    params = load(slices, targets(config))
     down = params["decoder"]["groups"]["blocks"][0]["mlp"]["down"]["weight"][1]
     expected = dense(stored, W2)
     if not adaptors:
@@ -192,7 +192,7 @@ def test_folder_is_read_as_a_model_of_its_own(extra, adaptors, tmp_path):
 def test_head_that_was_rounded_like_the_embedding_is_tied(plain, tmp_path):
     for part in ("weight", "scales"):
         plain = plain | {f"output.{part}": plain[f"tok_embeddings.{part}"]}
-    config = meta_files.read_config(save(tmp_path / "m", plain, SPINQUANT))
+    config = meta_files.open_folder(save(tmp_path / "m", plain, SPINQUANT)).config
     assert config.decoder.tied_embedding
 
 
@@ -205,11 +205,11 @@ def test_plain_numbers_come_out_close_to_what_was_rounded(tmp_path):
         if name.endswith("w2.weight")
     }
     folder = save(tmp_path / "m", quantise(spun), SPINQUANT)
-    config = meta_files.read_config(folder)
+    config, slices, _ = meta_files.open_folder(folder)
     exported = tmp_path / "exported"
-    plan = meta_files.plan(meta_files.open_folder(folder, config), config, tokenizer=None, about={})
-    write(plan, exported, {})
-    assert meta_files.read_config(exported) == config and not meta_files.notes(exported)
+    write(meta_files.plan(slices, config, tokenizer=None, about={}), exported, {})
+    again = meta_files.open_folder(exported)
+    assert again.config == config and not again.notes
     source = torch_file.open_file(exported / "consolidated.00.pth")
     for name, array in arrays.items():
         error = np.abs(source.read(name, slice(None)) - array).max() / np.abs(array).max()
@@ -217,9 +217,9 @@ def test_plain_numbers_come_out_close_to_what_was_rounded(tmp_path):
 
 
 def test_the_user_is_told_what_is_not_kept(plain, adapted, tmp_path):
-    (spun,) = meta_files.notes(save(tmp_path / "spun", plain, SPINQUANT))
+    (spun,) = meta_files.open_folder(save(tmp_path / "spun", plain, SPINQUANT)).notes
     assert "int4 and int8 weights and their rotations are read as plain float32" in spun
-    (merged,) = meta_files.notes(save(tmp_path / "merged", adapted, QLORA))
+    (merged,) = meta_files.open_folder(save(tmp_path / "merged", adapted, QLORA)).notes
     assert "their adaptors are read" in merged and "activations rounded to int8" in merged
 
 
@@ -290,7 +290,7 @@ def test_rotations_of_odd_sizes_are_refused():
 def test_adaptors_that_nobody_announced_have_no_place(adapted, tmp_path):
     folder = save(tmp_path / "m", adapted, SPINQUANT)
     with pytest.raises(InputError, match=r"adaptor.A.weight' of shape .* has no place"):
-        meta_files.open_folder(folder, meta_files.read_config(folder))
+        meta_files.open_folder(folder)
 
 
 def test_quantised_ranks_are_refused(plain, tmp_path):
@@ -298,4 +298,4 @@ def test_quantised_ranks_are_refused(plain, tmp_path):
     content = (folder / "consolidated.00.pth").read_bytes()
     (folder / "consolidated.01.pth").write_bytes(content)
     with pytest.raises(InputError, match="read from one file only, not from 2"):
-        meta_files.read_config(folder)
+        meta_files.open_folder(folder)

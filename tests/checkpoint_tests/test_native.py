@@ -335,9 +335,9 @@ def test_chunks_cover_the_rows_and_are_not_too_large(rows, width, itemsize):
 
 def test_units_are_runs_of_all_homes(params):
     slices = Slices.of(params)
-    runs = list(native_write.runs(slices))
+    runs = native_write.units_of(slices)
     assert [home for run in runs for home in run] == list(slices.homes())
-    sizes = [sum(native_write.size_of(slices, home) for home in run) for run in runs]
+    sizes = [sum(map(slices.nbytes, run)) for run in runs]
     assert len(runs) > 2
     assert all(
         size <= native_write.UNIT_BYTES or len(run) == 1

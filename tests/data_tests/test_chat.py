@@ -1,6 +1,5 @@
 import json
 import keyword
-import pathlib
 
 import pytest
 from hypothesis import given, settings
@@ -17,11 +16,10 @@ from l32jax.data.tool_calls import (
     render_tool_call,
 )
 from l32jax.errors import InputError
+from tests import golden
 from tests.data_tests import real_tokenizers
 
-GOLDEN = json.loads(
-    (pathlib.Path(__file__).parents[1] / "data" / "tokenizer_chat_meta.json").read_text()
-)["dialogs"]
+GOLDEN = golden.document("tokenizer_chat_meta.json")["dialogs"]
 WEATHER = ToolCall("get_weather", {"city": "SF", "n": 3, "ok": True, "l": ["a", 1]})
 SEARCH = ToolCall("brave_search", {"query": "gold"})
 DIALOGS = {

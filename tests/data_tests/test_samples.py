@@ -1,6 +1,3 @@
-import json
-import pathlib
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,8 +17,9 @@ from l32jax.data.samples import (
     vision_intervals,
 )
 from l32jax.errors import InputError
+from tests import golden
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "tokenizer_chat_meta.json"
+GOLDEN = golden.document("tokenizer_chat_meta.json")
 IMAGE = 9
 ENCODER = VisionConfig(image_size=28, num_local_layers=3, taps=(1, 2))
 PER_TILE = ENCODER.tokens_per_tile
@@ -36,9 +34,7 @@ def sample_of(tokens, images=()) -> Sample:
     return Sample.single(tokens, [1.0] * len(tokens), images)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "spans"), json.loads(GOLDEN.read_text())["vision_masks_imgtok9"]
-)
+@pytest.mark.parametrize(("tokens", "spans"), GOLDEN["vision_masks_imgtok9"])
 def test_intervals_are_metas_vision_masks(tokens, spans):
     start, stop = vision_intervals(tokens, IMAGE, [1] * len(spans))
     ends = [end if end != -1 else len(tokens) for _, end in spans]

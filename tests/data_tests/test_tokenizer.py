@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from l32jax.data import tokenizer as tokenizer_module
 from l32jax.data.tokenizer import StreamDecoder, Tokenizer
 from l32jax.errors import InputError
+from tests import golden
 from tests.data_tests import real_tokenizers
 from tests.data_tests.small_tokenizer_files import (
     hugging_face,
@@ -20,9 +21,7 @@ from tests.data_tests.small_tokenizer_files import (
     write_json,
 )
 
-GOLDEN = json.loads(
-    (pathlib.Path(__file__).parents[1] / "data" / "tokenizer_chat_meta.json").read_text()
-)
+GOLDEN = golden.document("tokenizer_chat_meta.json")
 SAMPLE = "what colour is the 3rd circle?\n\n  It's 2024, schöne 日本語 🙂👍🏽 <|eot_id|>\t²½Ⅷ"
 # Includes what regular expressions treat differently: digits, spaces, apostrophes, marks.
 AWKWARD = st.text(alphabet="aZ19 \n\t\r'.s²Ⅷé日½\u3000\xa0\u0085\u200b\x1cſ_🙂", max_size=30)

@@ -26,13 +26,12 @@ from l32jax.data.vocabulary import (
     spelled,
 )
 from l32jax.errors import InputError
+from tests import golden
 from tests.data_tests import real_tokenizers
 from tests.data_tests.small_tokenizer_files import hugging_face, small_tokenizer, write_json
 from tests.data_tests.test_tokenizer import has_every_byte
 
-GOLDEN = json.loads(
-    (pathlib.Path(__file__).parents[1] / "data" / "tokenizer_chat_meta.json").read_text()
-)
+GOLDEN = golden.document("tokenizer_chat_meta.json")
 STRINGS = [
     *(text for text, _ in GOLDEN["strings"]),
     "สวัสดีชาวโลก ภาษาไทย",

@@ -13,7 +13,7 @@ from typing import Any
 
 from l32jax.checkpoint.engine.digests import SIDECAR
 from l32jax.checkpoint.engine.folders import Folder
-from l32jax.checkpoint.engine.workplace import JOURNAL, UNFINISHED, Workplace
+from l32jax.checkpoint.engine.workplace import JOURNAL, Workplace
 from l32jax.checkpoint.failures import SaveError
 from l32jax.errors import InputError
 
@@ -69,8 +69,8 @@ class BucketWorkplace(Workplace):
         """Only what the journal here tells of may be there, and not finished."""
         names = self._folder.names()
         finished = any(Path(name).name == SIDECAR for name in names)
-        journal = self.destination.with_name(self.destination.name + UNFINISHED) / JOURNAL
-        if finished or (names and not (self._resumes and journal.exists())):
+        goes_on = self._resumes and (self._home / JOURNAL).exists()
+        if finished or (names and not goes_on):
             raise InputError(
                 f"destination {self._folder.where!r}: something is there; choose another name, or "
                 "remove it"

@@ -1,7 +1,5 @@
 """Two checkpoints, tensor by tensor: what `--verify` means."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from l32jax.checkpoint.engine.slices import ALL, Home, Slices
@@ -22,7 +20,7 @@ def require_same(expected: Slices, actual: Slices, progress: Progress) -> int:
         names = expected.shapes.items() ^ actual.shapes.items()
         raise Differs(f"shape of {min(names)[0]}: it is not that of the source")
     homes = list(expected.homes())
-    progress.begin("verifying", sum(_tensor(expected, home).nbytes for home in homes))
+    progress.begin("verifying", sum(map(expected.nbytes, homes)))
     in_threads(
         [(lambda told, home=home: _same(expected, actual, home, told)) for home in homes], progress
     )
@@ -33,7 +31,8 @@ def _same(expected: Slices, actual: Slices, home: Home, told: Told) -> None:
     if expected.dtypes[home.path] != actual.dtypes[home.path]:
         was, now = expected.dtypes[home.path], actual.dtypes[home.path]
         raise Differs(f"dtype of {home}: {now} was written of {was}")
-    for rows in _rows(expected, home):
+    tensor = Tensor(expected.shape(home), expected.dtypes[home.path])
+    for rows in slabs(tensor) if tensor.shape else [ALL]:
         wanted, found = (np.asarray(side.read(home, rows)) for side in (expected, actual))
         if not np.array_equal(as_bytes(wanted), as_bytes(found)):
             raise Differs(f"values of {home}: {int((wanted != found).sum())} of them differ")
@@ -42,12 +41,3 @@ def _same(expected: Slices, actual: Slices, home: Home, told: Told) -> None:
         expected.release()
         actual.release()
         told(size)
-
-
-def _tensor(slices: Slices, home: Home) -> Tensor:
-    return Tensor(slices.shape(home), slices.dtypes[home.path])
-
-
-def _rows(slices: Slices, home: Home) -> Iterator[slice]:
-    tensor = _tensor(slices, home)
-    yield from slabs(tensor) if tensor.shape else [ALL]

@@ -26,9 +26,9 @@ def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         unknown = sorted(_names(directory) - found.keys() - {SIDECAR})
         found |= zip(unknown, pool.map(lambda name: digest(directory / name), unknown), strict=True)
-        lines = [f"{found[name]}  {name}\n" for name in sorted(found)]
-        (directory / SIDECAR).write_bytes(_with_header("".join(lines)))
-        list(pool.map(sync, [*directory.rglob("*"), directory]))
+    lines = [f"{found[name]}  {name}\n" for name in sorted(found)]
+    (directory / SIDECAR).write_bytes(_with_header("".join(lines)))
+    sync_below(directory)
 
 
 def problems(directory: Path, names: Collection[str] | None = None) -> list[str]:
@@ -57,6 +57,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_below(directory: Path) -> None:
+    """Returns when the directory and all in it are on the disk."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(sync, [*directory.rglob("*"), directory]))
 
 
 def digest(path: Path) -> str:

@@ -5,6 +5,7 @@ read as `Slices` and written from them, so no format knows another; who loads re
 that its devices hold, who converts holds a few rows at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -58,6 +59,9 @@ class Slices:
     def shape(self, home: Home) -> Shape:
         shape = self.shapes[home.path]
         return shape if home.layer is None else shape[1:]
+
+    def nbytes(self, home: Home) -> int:
+        return math.prod(self.shape(home)) * self.dtypes[home.path].itemsize
 
     def as_dtype(self, dtype: Any) -> "Slices":
         """The same values, rounded to `dtype` as they are read.

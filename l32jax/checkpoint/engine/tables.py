@@ -14,6 +14,7 @@ import numpy as np
 
 from l32jax.checkpoint.engine.slices import ALL, Home, Shape, Slices
 from l32jax.checkpoint.engine.sources import Source, Tensor
+from l32jax.checkpoint.engine.transfer import slabs
 from l32jax.config import BlockKind, DecoderConfig
 from l32jax.errors import InputError
 
@@ -202,12 +203,13 @@ def _check(
 
 def _check_equal(source: Source, repetition: str, original: str) -> None:
     new, old = source.tensors[repetition].shape, source.tensors[original].shape
-    size = 4096  # rows at a time
-    parts = [slice(i, min(i + size, new[0])) for i in range(0, new[0], size)]
     if (
         new[1:] != old[1:]
         or new[0] > old[0]
-        or not all(_rows_equal(source, repetition, original, rows) for rows in parts)
+        or not all(
+            _rows_equal(source, repetition, original, rows)
+            for rows in slabs(source.tensors[repetition])
+        )
     ):
         raise InputError(
             f"weights in {source.where}: tensor {repetition!r} differs from {original!r}, though "

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +24,7 @@ BLOCK_BYTES = 1 << 20  # of a slab, where a pass makes something of the same siz
 THREADS = 3  # two that compute, while one waits for the disk
 EXPONENT = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}
 
+Item = TypeVar("Item")
 Told = Callable[[int], None]  # hears of bytes as they are moved
 
 
@@ -157,6 +158,19 @@ def slabs(tensor: Tensor) -> Iterator[slice]:
     per_row = max(1, tensor.nbytes // max(rows, 1))
     size = max(1, SLAB_BYTES // (per_row * tensor.step)) * tensor.step
     yield from (slice(i, min(i + size, rows)) for i in range(0, rows, size))
+
+
+def runs(items: Iterable[Item], size: Callable[[Item], int], at_most: int) -> list[list[Item]]:
+    """Consecutive items of at most so many bytes together, or one alone that has more."""
+    found: list[list[Item]] = [[]]
+    used = 0
+    for item in items:
+        if used + size(item) > at_most and found[-1]:
+            found.append([])
+            used = 0
+        found[-1].append(item)
+        used += size(item)
+    return found
 
 
 def read_slabs(source: Source, name: str) -> Iterator[np.ndarray]:

@@ -27,6 +27,11 @@ MARGIN = 64 << 20  # bytes that a file system needs for itself
 Record = dict[str, Any]  # what is to be remembered of a finished unit; JSON
 
 
+def unfinished(destination: Path) -> Path:
+    """The folder that stands beside a destination until it is whole."""
+    return Path(f"{destination.absolute()}{UNFINISHED}")
+
+
 class Workplace:
     """Held by one process. `directory` is where to write, `done` what was written before.
 
@@ -42,8 +47,8 @@ class Workplace:
     def __init__(self, destination: Path, task: Mapping[str, Any] | None, *, resume: bool = False):
         assert task is not None or not resume
         self.destination = destination.absolute()
+        self._home = unfinished(destination)
         self._require_free()
-        self._home = self.destination.with_name(self.destination.name + UNFINISHED)
         self.directory = self._home / CONTENT
         self._resumable = task is not None
         self._lock = locks.take(self._home, f"destination {str(self.destination)!r}")
@@ -96,8 +101,7 @@ class Workplace:
 
         The manifest of a single file is put beside it.
         """
-        for path in [*self.directory.rglob("*"), self.directory]:
-            digests.sync(path)
+        digests.sync_below(self.directory)
         if single:
             os.replace(self.directory / MANIFEST, beside(self.destination))
         os.rename(self.directory / single if single else self.directory, self.destination)
