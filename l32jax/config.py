@@ -11,7 +11,8 @@ MAX_PATTERN = 40  # all of 11B, were it irregular: two seconds to trace; 256 tak
 Part = Literal["language_model", "vision_tower", "adapter"]
 
 
-def _require_positive(config: object, *names: str) -> None:
+def require_positive(config: object, *names: str) -> None:
+    """InputError unless these fields are 1 or more."""
     for name in names:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)} must be at least 1")
@@ -50,8 +51,8 @@ class DecoderConfig:
     max_context: int = 131_072
 
     def __post_init__(self):
-        _require_positive(self, "vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
-        _require_positive(self, "mlp_dim", "num_groups", "max_context")
+        require_positive(self, "vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
+        require_positive(self, "mlp_dim", "num_groups", "max_context")
         if len(self.group_pattern) > MAX_PATTERN:
             raise InputError(
                 f"group_pattern of {len(self.group_pattern)} blocks: at most {MAX_PATTERN} may "
@@ -74,6 +75,11 @@ class DecoderConfig:
         return self.num_groups * self.group_pattern.count(kind)
 
 
+# Of red, green and blue in 0..1: what the encoder's pixels are normalised with.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The tiled image encoder: local blocks, then gated global ones.
@@ -93,8 +99,8 @@ class VisionConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        _require_positive(self, "image_size", "patch_size", "embed_dim", "num_heads", "mlp_dim")
-        _require_positive(self, "num_local_layers", "num_global_layers", "max_tiles")
+        require_positive(self, "image_size", "patch_size", "embed_dim", "num_heads", "mlp_dim")
+        require_positive(self, "num_local_layers", "num_global_layers", "max_tiles")
         if not self.taps:
             raise InputError("taps=() must name a local layer at least")
         if self.image_size % self.patch_size:
@@ -178,83 +184,6 @@ class AttentionConfig:
 
     impl: Literal["auto", "reference", "tpu", "gpu", "xla", "cudnn"] = "auto"
     across: Literal["gather", "ring"] = "gather"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW behind a warm-up to `peak_lr` and a decay to `final_lr`; gradients clipped by norm.
-
-    gate_rate: what a gate's step is multiplied by. A gate is one number: at the rate of the
-      matrices behind it, which have thousands to move, it stays nearly shut in a short run.
-    """
-
-    peak_lr: float
-    final_lr: float = 0.0
-    warmup_steps: int = 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    clip_norm: float = 1.0
-    gate_rate: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a stage reads: a mixture of named sources, laid out in rows of fixed shape.
-
-    mixture: (source, share of rows); see `data.sources` for the names.
-    length: text tokens of a row.
-    max_images, max_tiles: images of a row and tiles of an image; 0 images for text only.
-    mirror_images: left and right swapped in half of the images, where answers allow it.
-    """
-
-    mixture: tuple[tuple[str, float], ...]
-    batch_size: int
-    length: int
-    max_images: int = 0
-    max_tiles: int = 4
-    mirror_images: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """Part of a run: which parameters learn, from what, for how long."""
-
-    name: str
-    num_steps: int
-    trains: tuple[Part, ...]
-    data: DataConfig
-    optimizer: OptimizerConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A run: stages in order, each starting from the parameters of the one before.
-
-    start_from: a checkpoint or preset whose parameters the first stage starts from; None for
-      random ones.
-    tokenizer: a file or folder; None for the tokenizer that stands beside `start_from`.
-    dtype: of activations; parameters are float32.
-    attention: how attention is computed.
-    saved: what the backward pass finds saved and need not compute again: everything; the results
-      of matrix products and of attention; those of attention; nothing.
-    """
-
-    model: LlamaConfig
-    stages: tuple[StageConfig, ...]
-    directory: str
-    tokenizer: str | None = None
-    start_from: str | None = None
-    mesh: MeshConfig = MeshConfig()
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: AttentionConfig = AttentionConfig()
-    saved: Literal["everything", "dots", "attention", "nothing"] = "everything"
-    save_every: int = 500
-    keep: int = 2
-    log_every: int = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

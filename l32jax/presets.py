@@ -5,11 +5,11 @@ Sources: llama-models `sku_list.py` (shapes), the model cards (context, image si
 
 from dataclasses import replace
 
-from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
+from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
 from l32jax.config_text import did_you_mean
 from l32jax.errors import InputError
 
-VISION_PATTERN = ("self", "self", "self", "cross", "self")
+VISION_PATTERN: tuple[BlockKind, ...] = ("self", "self", "self", "cross", "self")
 
 LLAMA3_2_1B = LlamaConfig(
     decoder=DecoderConfig(
@@ -46,14 +46,23 @@ LLAMA3_1_70B = LlamaConfig(
 )
 
 
-def with_vision(trunk: LlamaConfig, vision: VisionConfig) -> LlamaConfig:
-    """The trunk with one cross-attention block grafted before every fourth self-attention one."""
-    groups, rest = divmod(trunk.decoder.num_groups, VISION_PATTERN.count("self"))
-    if rest:
+def with_vision(trunk: LlamaConfig, vision: VisionConfig, *, every: int = 4) -> LlamaConfig:
+    """The trunk with a cross-attention block before every fourth self-attention one, or `every`."""
+    layers = trunk.decoder.num_groups
+    if trunk.decoder.group_pattern != ("self",):
         raise InputError(
-            f"trunk of {trunk.decoder.num_groups} layers: groups of four cannot hold them all"
+            f"trunk of a vision model: it has the group_pattern {trunk.decoder.group_pattern}; "
+            "give a text model's"
         )
-    decoder = replace(trunk.decoder, num_groups=groups, group_pattern=VISION_PATTERN)
+    if every < 1 or layers % every:
+        raise InputError(
+            f"trunk of {layers} layers: groups of {every} cannot hold them all; let `every` be a "
+            "divisor"
+        )
+    before: tuple[BlockKind, ...] = ("self",) * (every - 1)
+    decoder = replace(
+        trunk.decoder, num_groups=layers // every, group_pattern=(*before, "cross", "self")
+    )
     return LlamaConfig(decoder=decoder, vision=vision)
 
 

@@ -1,116 +1,193 @@
-"""From records to batches on the devices: shuffled, mixed, repeatable and resumable (grain)."""
+"""From streams of rows to batches on the devices: repeatable, resumable, counted."""
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from l32jax.data.samples import FIELDS, Batch, stack
+from l32jax.data.rows import FIELDS, Batch, stack
+from l32jax.data.streams import Row, Rows, Source, damaged_state, in_turn, make_streams
 from l32jax.errors import InputError
 from l32jax.kernels.context import balanced_order
 from l32jax.sharding import CONTEXT_AXIS, activation_spec
 
-# Records by index: a list, an ArrayRecord source, anything with a length.
-Source = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
+logger = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """Sources that are each shuffled and repeated for ever; `weights` are their shares of rows."""
-
-    sources: Sequence[Source]
-    weights: Sequence[float]
-
-    def __post_init__(self):
-        if len(self.sources) != len(self.weights) or min(self.weights, default=0) <= 0:
-            raise InputError(
-                f"mixture of {len(self.sources)} sources with weights {list(self.weights)}: "
-                "each source needs a positive one"
-            )
-
-
-MakeRow = Callable[[Any, np.random.Generator], Batch]
+JUDGED_RECORDS = 1000  # of fewer records too, as many may be bad as of this many
+LOGGED_PLACES = 100
 
 
 def make_batches(
-    source: Source | Mixture,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    rows: Rows,
     *,
-    make_row: MakeRow,
     batch_size: int,
     seed: int,
-    shuffle: bool = True,
-    num_epochs: int | None = None,
+    max_bad: float = 0.0,
     process_index: int = 0,
     process_count: int = 1,
+    workers: int = 0,
     prefetch: int = 2,
 ) -> "Batches":
-    """This process's part of every batch: rows that depend on (seed, step) alone.
+    """This process's part of every batch, which depends on (seed, step) alone.
 
-    Together the processes see the same batches whatever their number. A finite pass ends with a
-    batch filled up with empty rows, so that each record is seen and every shape is the same.
+    Together the processes see the same batches whatever their number.
 
     Args:
-      make_row: of one record; its generator belongs to that record in that epoch.
+      weights: shares of samples that come from each source.
       batch_size: rows of all processes together.
-      num_epochs: None repeats for ever.
-      prefetch: batches that one thread prepares ahead; 0 prepares them when asked.
+      max_bad: share of records that may be unusable, of those that this process has seen.
+      workers: processes that make rows; 0 for one thread.
+      prefetch: batches that are ready ahead.
     """
     if batch_size < 1 or batch_size % process_count:
         raise InputError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
         )
-    records = _records(source, seed, shuffle, num_epochs)
-    rows = records.seed(seed).random_map(make_row)
-    if num_epochs is not None:
-        rows = _fill_up(rows, -len(rows) % batch_size)
-    # Batches of local size, dealt out in turn: a process gets one block of each whole batch.
-    local = rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=stack)
-    dataset = local.slice(slice(process_index, None, process_count)).to_iter_dataset(
-        grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    streams = make_streams(sources, weights, rows, count=batch_size, seed=seed)
+    local = batch_size // process_count
+    mine = range(process_index * local, (process_index + 1) * local)
+
+    def open_from(places: Mapping[int, str]) -> grain.IterDataset:
+        turns = in_turn({number: streams[number] for number in mine}, places, workers=workers)
+        return grain.experimental.ThreadPrefetchIterDataset(
+            turns.batch(local, drop_remainder=True, batch_fn=_assembled),
+            prefetch_buffer_size=prefetch,
+        )
+
+    order = {
+        "records": [len(source) for source in sources],
+        "weights": list(weights),
+        "seed": seed,
+        "batch_size": batch_size,
+        "packing": rows.packing,
+        "open_rows": rows.open_rows,
+        "row": rows.shape.size,
+    }
+    return Batches(open_from, mine, order, max_bad)
+
+
+class _Assembled(NamedTuple):
+    batch: Batch
+    places: dict[int, str]
+    used: int
+    bad: list[tuple[str, str]]
+
+
+def _assembled(rows: Sequence[Row]) -> _Assembled:
+    return _Assembled(
+        batch=stack([row["arrays"] for row in rows]),
+        places={int(row["stream"]): row["place"] for row in rows},
+        used=sum(int(row["used"]) for row in rows),
+        bad=[(place, why) for row in rows for place, why in row["bad"]],
     )
-    order = {"records": _count(source), "seed": seed, "shuffle": shuffle, "batch_size": batch_size}
-    return Batches(dataset, order)
 
 
 class Batches(Iterator[Batch]):
-    """An iterator whose place can be saved; the place is the same on every process."""
+    """An iterator whose place can be saved, and gone on from by any number of processes.
 
-    def __init__(self, dataset: grain.IterDataset, order: dict[str, Any]):
-        self._iterator = iter(dataset)
-        self._order = order
+    Attributes:
+      used, bad: samples given out, and records skipped, by this process since the run began.
+    """
+
+    def __init__(
+        self,
+        open_from: Callable[[Mapping[int, str]], grain.IterDataset],
+        streams: Sequence[int],
+        order: dict[str, Any],
+        max_bad: float,
+    ):
+        self._open_from, self._streams = open_from, streams
+        self._order: dict[str, Any] = json.loads(json.dumps(order))
+        self._max_bad = max_bad
+        self._places: dict[int, str] = {}
+        self._iterator: grain.DatasetIterator | None = None
+        self._logged: set[str] = set()
+        self.used = self.bad = 0
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        if self._iterator is None:
+            self._iterator = iter(self._open_from(self._places))
+        found = next(self._iterator)
+        self._places |= found.places
+        self._count(found)
+        return found.batch
 
     def get_state(self) -> bytes:
-        """JSON: how far it has come, and what the order of the records depends on."""
-        return json.dumps({"place": self._iterator.get_state(), "order": self._order}).encode()
+        """JSON: where each stream goes on, and what the order of the records depends on."""
+        counts = {"used": self.used, "bad": self.bad}
+        state = {"streams": self._places, "order": self._order, "counts": counts}
+        return json.dumps(state).encode()
 
-    def set_state(self, state: bytes) -> None:
-        """Goes on where `get_state` was called; refuses the state of another order of records."""
-        try:
-            saved = json.loads(state)
-            place, order = saved["place"], saved["order"]
-        except (ValueError, TypeError, KeyError):
-            raise _damaged_state() from None
-        if order != self._order:
-            raise InputError(
-                f"data state in the checkpoint: it belongs to {order}, this run has {self._order}; "
-                "restore the old settings or start the data afresh"
-            )
-        try:
-            self._iterator.set_state(place)
-        except (TypeError, KeyError, IndexError):
-            raise _damaged_state() from None
+    def set_state(self, states: Sequence[bytes]) -> None:
+        """Goes on where all processes were when they called `get_state`; refuses another order."""
+        places: dict[int, str] = {}
+        used = bad = 0
+        for state in states:
+            found, counts = _read_state(state, self._order)
+            places |= found
+            used, bad = used + counts["used"], bad + counts["bad"]
+        if places and not places.keys() >= set(self._streams):
+            raise damaged_state()
+        self.close()
+        self._places = {number: places[number] for number in self._streams} if places else {}
+        share = len(self._streams) / self._order["batch_size"]
+        self.used, self.bad = round(used * share), round(bad * share)
 
     def close(self) -> None:
-        """Stops the thread."""
-        self._iterator.close()
+        """Stops threads and workers."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _count(self, found: _Assembled) -> None:
+        self.used += found.used
+        self.bad += len(found.bad)
+        for place, why in found.bad:
+            self._log(place, why)
+        total = self.used + self.bad
+        if found.bad and self.bad > self._max_bad * max(total, JUDGED_RECORDS):
+            place, why = found.bad[-1]
+            raise InputError(
+                f"{self.bad} of {total} records are unusable, the last {place}: {why}; mend the "
+                f"data, or let max_bad={self._max_bad} allow it"
+            )
+
+    def _log(self, place: str, why: str) -> None:
+        if place in self._logged or len(self._logged) > LOGGED_PLACES:
+            return
+        self._logged.add(place)
+        if len(self._logged) > LOGGED_PLACES:
+            logger.warning("more than %d records are unusable: others are not told", LOGGED_PLACES)
+        else:
+            logger.warning("skipped %s: %s", place, why)
+
+
+def _read_state(state: bytes, order: dict[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
+    try:
+        saved = json.loads(state)
+        places = {int(number): str(place) for number, place in saved["streams"].items()}
+        counts, was = saved["counts"], saved["order"]
+        counts = {name: int(counts[name]) for name in ("used", "bad")}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise damaged_state() from None
+    if was != order:
+        changed = ", ".join(
+            f"{name}={order[name]} was {was.get(name)}"
+            for name in order
+            if order[name] != was.get(name)
+        )
+        raise InputError(
+            f"data state in the checkpoint: it belongs to another order of records ({changed}); "
+            "restore the old settings or start the data afresh"
+        )
+    return places, counts
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
@@ -139,45 +216,3 @@ def _balanced(length: int, num_shards: int) -> np.ndarray:
             f"{2 * num_shards}"
         )
     return balanced_order(length, num_shards)
-
-
-def _damaged_state() -> InputError:
-    return InputError("data state in the checkpoint: damaged; use another checkpoint")
-
-
-def _records(
-    source: Source | Mixture, seed: int, shuffle: bool, num_epochs: int | None
-) -> grain.MapDataset:
-    if isinstance(source, Mixture):
-        if num_epochs is not None:
-            raise InputError("num_epochs of a mixture: its sources end at different times; drop it")
-        seeds = np.random.SeedSequence(seed).generate_state(len(source.sources)).tolist()
-        parts = [
-            _records(part, part_seed, shuffle, None)
-            for part, part_seed in zip(source.sources, seeds, strict=True)
-        ]
-        return grain.MapDataset.mix(parts, source.weights)
-    if not len(source):
-        raise InputError("records of a source: there are none; check its path and filters")
-    records = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        records = records.shuffle()
-    return records.repeat(num_epochs)
-
-
-def _fill_up(rows: grain.MapDataset, count: int) -> grain.MapDataset:
-    """Zeros are an empty row: they see nothing, are seen by nothing, and weigh nothing."""
-    if not count:
-        return rows
-
-    def empty(_: int) -> Batch:
-        example: Any = rows[0]
-        return {name: np.zeros_like(array) for name, array in example.items()}
-
-    return grain.MapDataset.concatenate([rows, grain.MapDataset.range(count).map(empty)])
-
-
-def _count(source: Source | Mixture) -> Any:
-    if isinstance(source, Mixture):
-        return [[_count(part) for part in source.sources], list(source.weights)]
-    return len(source)

@@ -16,10 +16,13 @@ from l32jax.data.tool_calls import (
 )
 from l32jax.errors import InputError
 
+END_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")
 ROLES = ("system", "user", "assistant", "ipython", "tool")
 # A noncharacter of Unicode, never in text: it keeps a special token's name in a message from
 # becoming that token when the rendered dialog is encoded.
 GUARD = "\ufdd0"
+IMAGE_MARK = "\ufdd1"  # another one: the place of an image in what a template renders
+RESERVED = re.compile(f"[{GUARD}{IMAGE_MARK}]")
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,40 @@ def encode_for_training(
     return tokens, weights
 
 
+def encode_document(
+    tokenizer: Tokenizer, parts: Sequence[str | Image]
+) -> tuple[list[int], list[float]]:
+    """Text and images in order, as in pretraining; every word and the end are to be learned.
+
+    It begins with the beginning-of-text token if the tokenizer's documents do, and ends with the
+    end-of-text one.
+    """
+    tokens = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    weights = [0.0] * len(tokens)
+    for part in parts:
+        encoded = _encode_part(tokenizer, part)
+        tokens += encoded
+        weights += [float(isinstance(part, str))] * len(encoded)
+    return [*tokens, _end_of_text(tokenizer)], [*weights, 1.0]
+
+
+def _end_of_text(tokenizer: Tokenizer) -> int:
+    """By name: the first of the stop tokens may be the one that ends a turn."""
+    named = [tokenizer.specials[name] for name in END_OF_TEXT if name in tokenizer.specials]
+    ends = [*named, *tokenizer.stop_ids]
+    if not ends:
+        raise InputError(
+            "end of a document in the data: the tokenizer has no token for it; use one that "
+            f"has, such as {END_OF_TEXT[0]}"
+        )
+    return ends[0]
+
+
 def encode_caption(
     tokenizer: Tokenizer, text: str, images: Sequence[Any] = ()
 ) -> tuple[list[int], list[float]]:
-    """Images and the text that goes with them, as in pretraining; weights as for a dialog."""
-    begin = [tokenizer.special("<|begin_of_text|>")]
-    begin += [token for image in images for token in _encode_part(tokenizer, Image(image))]
-    caption = [*tokenizer.encode(text), tokenizer.special("<|end_of_text|>")]
-    return begin + caption, [0.0] * len(begin) + [1.0] * len(caption)
+    """Images and the text that goes with them, as a document."""
+    return encode_document(tokenizer, [*map(Image, images), text])
 
 
 # Llama 3
@@ -142,8 +171,15 @@ def _content_parts(message: Message) -> tuple[str | Image, ...]:
 def _encode_part(tokenizer: Tokenizer, part: str | Image) -> list[int]:
     if isinstance(part, str):
         return tokenizer.encode(part)
-    assert tokenizer.image_id is not None  # every Llama 3 tokenizer has it
-    return [tokenizer.image_id]
+    return [_image_id(tokenizer)]
+
+
+def _image_id(tokenizer: Tokenizer) -> int:
+    if tokenizer.image_id is None:
+        raise InputError(
+            "image in a message: this tokenizer's model reads text only; use a vision model"
+        )
+    return tokenizer.image_id
 
 
 # Chat templates
@@ -156,26 +192,38 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
             "template; use an instruct model, or plain text"
         )
     end_id = tokenizer.stop_ids[0] if tokenizer.stop_ids else None
-    return render_chat_template(
+    names = _special_names(tokenizer)
+    entries = [_as_dict(message, names) for message in messages]
+    rendered = render_chat_template(
         tokenizer.chat_template,
-        messages=[_guarded(_as_dict(message), _special_names(tokenizer)) for message in messages],
+        messages=entries,
         add_generation_prompt=add_generation_prompt,
         bos_token="" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id]),
         eos_token="" if end_id is None else tokenizer.decode([end_id]),
     )
+    _require_all_images(rendered, entries)
+    return rendered
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
-    parts = _content_parts(message)
-    if any(isinstance(part, Image) for part in parts):
+def _require_all_images(rendered: str, entries: Sequence[dict[str, Any]]) -> None:
+    given = sum(entry["content"].count(IMAGE_MARK) for entry in entries)
+    if rendered.count(IMAGE_MARK) != given:
         raise InputError(
-            "image in a message: this tokenizer's model reads text only; use a vision model"
+            f"chat template in the tokenizer's files: it shows {rendered.count(IMAGE_MARK)} of "
+            f"{given} images; use one that keeps the content of messages"
         )
+
+
+def _as_dict(message: Message, names: re.Pattern[str]) -> dict[str, Any]:
+    """What templates read, without the name of a special token that would become one."""
     role = "tool" if message.role == "ipython" else message.role
-    entry: dict[str, Any] = {"role": role, "content": "".join(map(str, parts))}
+    parts = _content_parts(message)
+    shown = "".join(IMAGE_MARK if isinstance(p, Image) else RESERVED.sub("", p) for p in parts)
+    entry: dict[str, Any] = {"role": role, "content": _broken_up(shown, names)}
     if message.tool_calls:
         functions = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
-        entry["tool_calls"] = [{"type": "function", "function": f} for f in functions]
+        calls = [{"type": "function", "function": f} for f in functions]
+        entry["tool_calls"] = _guarded(calls, names)
     return entry
 
 
@@ -192,15 +240,23 @@ def _guarded(value: Any, names: re.Pattern[str]) -> Any:
         return [_guarded(item, names) for item in value]
     if not isinstance(value, str):
         return value
-    return names.sub(lambda name: GUARD.join(name[0]), value.replace(GUARD, ""))
+    return _broken_up(RESERVED.sub("", value), names)
+
+
+def _broken_up(text: str, names: re.Pattern[str]) -> str:
+    return names.sub(lambda name: GUARD.join(name[0]), text)
 
 
 def _encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     tokens = []
     for i, piece in enumerate(_special_names(tokenizer).split(text)):
-        is_special = i % 2 == 1  # split() alternates between what is between and what matches
-        plain = piece.replace(GUARD, "")
-        tokens += [tokenizer.special(piece)] if is_special else tokenizer.encode(plain)
+        if i % 2 == 1:  # split() alternates between what is between and what matches
+            tokens.append(tokenizer.special(piece))
+            continue
+        plain, *after_images = piece.replace(GUARD, "").split(IMAGE_MARK)
+        tokens += tokenizer.encode(plain)
+        for plain in after_images:
+            tokens += [_image_id(tokenizer), *tokenizer.encode(plain)]
     return tokens
 
 

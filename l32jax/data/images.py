@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from l32jax.config import VisionConfig
+from l32jax.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from l32jax.errors import InputError
 
 # Encoded files and pictures stay as they are until a row is made of them.
@@ -22,9 +22,6 @@ MAX_BYTES = 128 << 20
 # Decoders that only decode: EPS, for one, would start an interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MEAN, STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 RESAMPLE = Image.Resampling.BILINEAR
 
 # (rows, columns) in the order of Hugging Face's ids, which begin at 1; its documentation has the
@@ -57,18 +54,38 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def preprocess(
-    image: Image.Image, *, tile_size: int, max_tiles: int = 4
-) -> tuple[Float32[np.ndarray, "c 3 y x"], Grid]:
-    """The normalised tiles of an RGB image in row-major order, and the grid they form.
+    image: Image.Image,
+    *,
+    tile_size: int,
+    max_tiles: int = 4,
+    out: UInt8[np.ndarray, "_ 3 y x"] | None = None,
+) -> tuple[UInt8[np.ndarray, "c 3 y x"], Grid]:
+    """The tiles of an RGB image in row-major order, and the grid they form.
 
     The image is resized to the best of the canvases of up to `max_tiles` tiles, keeping its shape;
-    the rest of the canvas, right and below, is black before normalisation.
+    the rest of the canvas, right and below, is black. `normalise` makes floats of the tiles.
+
+    out: zeros whose first tiles are written and returned, instead of new memory.
     """
     grid = choose_grid(image.height, image.width, tile_size=tile_size, max_tiles=max_tiles)
     height, width = fit(image.height, image.width, grid, tile_size=tile_size)
-    canvas = np.zeros((grid[0] * tile_size, grid[1] * tile_size, 3), np.uint8)
-    canvas[:height, :width] = np.asarray(image.resize((width, height), RESAMPLE))
-    return _split(_normalise(canvas), grid), grid
+    if image.size != (width, height):
+        image = image.resize((width, height), RESAMPLE)
+    if out is None:
+        out = np.zeros((math.prod(grid), 3, tile_size, tile_size), np.uint8)
+    tiles = out[: math.prod(grid)]
+    _write(tiles, image, grid)
+    return tiles, grid
+
+
+def normalise(tiles: UInt8[np.ndarray, "c 3 y x"]) -> Float32[np.ndarray, "c 3 y x"]:
+    """What the encoder takes, as the reference computes it; the model does it on its devices."""
+    values = tiles.astype(np.float32)
+    for plane, mean, std in zip(values.swapaxes(0, 1), CLIP_MEAN, CLIP_STD, strict=True):
+        plane /= 255
+        plane -= np.float32(mean)
+        plane /= np.float32(std)
+    return values
 
 
 def choose_grid(height: int, width: int, *, tile_size: int, max_tiles: int) -> Grid:
@@ -150,7 +167,8 @@ def _rgb(image: Image.Image, where: str) -> Image.Image:
     if image.width * image.height == 0:
         raise InputError(f"image in {where}: it has no pixels; give another")
     try:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # noqa: BLE001
         raise _broken(where, error) from None
 
@@ -164,19 +182,15 @@ def _broken(where: str, error: Exception) -> InputError:
     return InputError(f"image in {where}: damaged ({why}); replace the file")
 
 
-def _normalise(pixels: UInt8[np.ndarray, "y x 3"]) -> Float32[np.ndarray, "y x 3"]:
-    values = pixels.astype(np.float32)
-    values /= 255
-    values -= MEAN
-    values /= STD
-    return values
-
-
-def _split(canvas: Float32[np.ndarray, "Y X 3"], grid: Grid) -> Float32[np.ndarray, "c 3 y x"]:
-    rows, columns = grid
-    size = canvas.shape[0] // rows
-    tiles = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
-    return tiles.reshape(rows * columns, 3, size, size)
+def _write(tiles: UInt8[np.ndarray, "c 3 y x"], image: Image.Image, grid: Grid) -> None:
+    """One colour after the other: Pillow unpacks them far faster than numpy turns pixels round."""
+    size = tiles.shape[-1]
+    for channel, colour in enumerate("RGB"):
+        plane = np.frombuffer(image.tobytes("raw", colour), np.uint8)
+        plane = plane.reshape(image.height, image.width)
+        for tile, (row, column) in enumerate(np.ndindex(grid)):
+            part = plane[row * size :, column * size :][:size, :size]
+            tiles[tile, channel, : part.shape[0], : part.shape[1]] = part
 
 
 def preprocessor_json(vision: VisionConfig) -> bytes:

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import SupportsIndex
 
 import tiktoken
@@ -37,7 +38,8 @@ class Tokenizer:
       bos_id: opens a document; None in families without such a token (SmolLM2).
       stop_ids: any of these ends an answer. pad_id: fills rows; None if there is no such token.
       image_id: the input id of an image, `num_tokens`, which is beyond the output head: the model
-        keeps a separate embedding for it. None for tokenizers that are not Llama 3's.
+        keeps a separate embedding for it. None for tokenizers that are not Llama 3's, until
+        `with_image_token`.
       is_llama3: whether it has Llama 3's chat tokens. chat_template: Jinja source, if any.
       specials: name of every special token, and its id.
       vocabulary: what the file said, from which files of other formats are made.
@@ -52,7 +54,7 @@ class Tokenizer:
         ids = [i for i in vocabulary.ids if i is not None]
         self.num_tokens = 1 + max([*ids, *vocabulary.unreachable, *specials.values()])
         self.image_id = None
-        if self.is_llama3:
+        if self.is_llama3 or vocabulary.adds_image:
             self.image_id = specials[IMAGE] = self.num_tokens
         self.bos_id = vocabulary.bos_id if vocabulary.adds_bos else None
         self.stop_ids, self.pad_id = vocabulary.stop_ids, vocabulary.pad_id
@@ -111,6 +113,21 @@ class Tokenizer:
         """Learns up to `num_merges` merges from small texts; with Llama 3's special tokens."""
         pieces = [bytes([byte]) for byte in range(256)]
         return cls(llama3_vocabulary(pieces + _learn_merges(texts, num_merges)))
+
+    def with_image_token(self) -> "Tokenizer":
+        """The same for a vision model: with an `image_id`, which changes no other id.
+
+        Raises:
+          InputError: it has an ordinary special token of the image's name.
+        """
+        if self.image_id is not None:
+            return self
+        if IMAGE in self.specials:
+            raise InputError(
+                f"special token {IMAGE!r} in the tokenizer: the text model has it as a word; no "
+                "vision model can be made of that"
+            )
+        return Tokenizer(replace(self.vocabulary, adds_image=True))
 
     def special(self, name: str) -> int:
         """The id of a special token such as "<|eot_id|>"."""
@@ -191,10 +208,17 @@ def _encodable_parts(text: str) -> Iterator[str]:
 
 
 def _cuts_in_runs(text: str) -> Iterator[int]:
-    if len(text) <= MAX_RUN_CHARS:
+    if not _may_have_long_runs(text):
         return
     for run in RUNS.finditer(text):
         yield from range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS)
+
+
+def _may_have_long_runs(text: str) -> bool:
+    """Whether any of the windows is all one run: a run beyond the limit fills at least one."""
+    window = MAX_RUN_CHARS // 2
+    starts = range(0, len(text) - window, window)
+    return any(RUNS.fullmatch(text, start, start + window) for start in starts)
 
 
 def _learn_merges(texts: Iterable[str], num_merges: int) -> list[bytes]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from l32jax.data.llama3_template import LLAMA3_TEMPLATE, for_llama_cpp
-from l32jax.data.tokenizer_files import CONFIG_FILE, JSON_FILE, TEMPLATE_FILE
+from l32jax.data.tokenizer_files import CONFIG_FILE, IMAGE_ROLE, JSON_FILE, TEMPLATE_FILE
 from l32jax.data.vocabulary import (
     DIGITS_GPT2_PATTERN,
     GGUF_CONTROL,
@@ -108,6 +108,8 @@ def _last_merge(piece: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | 
 
 def _with_hugging_face_names(vocabulary: Vocabulary, *, vision: bool) -> Vocabulary:
     """Meta's names become Hugging Face's, any others stay; the image is there for `vision` only."""
+    if vocabulary.adds_image:
+        return replace(vocabulary, specials=vocabulary.specials | {IMAGE: _next_id(vocabulary)})
     if not vocabulary.is_llama3:
         return vocabulary
     first = vocabulary.specials["<|begin_of_text|>"]
@@ -116,8 +118,12 @@ def _with_hugging_face_names(vocabulary: Vocabulary, *, vision: bool) -> Vocabul
         specials = _numbered_from(first, hugging_face_special_names(vision=vision))
     specials.pop(IMAGE, None)
     if vision:
-        specials[IMAGE] = 1 + max([*_spelled_ids(vocabulary).values(), *specials.values()])
+        specials[IMAGE] = _next_id(replace(vocabulary, specials=specials))
     return replace(vocabulary, specials=specials)
+
+
+def _next_id(vocabulary: Vocabulary) -> int:
+    return 1 + max([*_spelled_ids(vocabulary).values(), *vocabulary.specials.values()])
 
 
 def _numbered_from(first: int, names: tuple[str, ...]) -> dict[str, int]:
@@ -234,6 +240,7 @@ def _tokenizer_config(vocabulary: Vocabulary) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": vocabulary.adds_bos,
         **{role: _special_name(vocabulary, i) for role, i in roles.items() if i is not None},
+        **({IMAGE_ROLE: IMAGE} if vocabulary.adds_image else {}),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }

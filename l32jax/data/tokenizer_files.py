@@ -21,6 +21,7 @@ from l32jax.data.vocabulary import (
     GGUF_PATTERNS,
     GGUF_USER_DEFINED,
     GPT2_PATTERN,
+    IMAGE,
     LLAMA3_PATTERN,
     Vocabulary,
     byte_level_vocabulary,
@@ -34,6 +35,7 @@ MAX_BYTES = 64 << 20
 PROBE = "".join(map(chr, range(0x20, 0x7F))) + "  It's 1234\n\n\tÜber  日本語 "
 RANKS_FILE, JSON_FILE = FILES = ("tokenizer.model", "tokenizer.json")
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"  # beside JSON_FILE
+IMAGE_ROLE = "image_token"  # in the config: the image is beyond the output head
 
 
 def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
@@ -114,6 +116,9 @@ def _from_json(content: dict[str, Any], config: dict[str, Any], template: str | 
         case _:
             raise ValueError("its added_tokens are not a list")
     tokens = {token: i for token, i in vocab.items() if token not in specials}
+    adds_image = config.get(IMAGE_ROLE) == IMAGE and _is_last(IMAGE, specials, tokens)
+    if adds_image:
+        del specials[IMAGE]
     named = {key: specials.get(_token_name(config.get(f"{key}_token"))) for key in ("bos", "eos")}
     pad = specials.get(_token_name(config.get("pad_token")), named["eos"])
     return byte_level_vocabulary(
@@ -127,7 +132,14 @@ def _from_json(content: dict[str, Any], config: dict[str, Any], template: str | 
         stop_ids=stop_ids(specials, named["eos"]),
         pad_id=pad,
         chat_template=template,
+        adds_image=adds_image,
     )
+
+
+def _is_last(name: str, specials: dict[str, int], tokens: dict[str, Any]) -> bool:
+    """Whether no id is beyond that of a special token. (`tokens` are as yet unchecked.)"""
+    others = [i for i in tokens.values() if type(i) is int]
+    return name in specials and specials[name] == max([*others, *specials.values()])
 
 
 def _added_tokens(added: Any) -> dict[str, int]:

@@ -75,7 +75,8 @@ class Vocabulary:
     in llama.cpp (Hugging Face drops it before, so that its neighbours may merge). `unreachable`
     are ids that text never becomes. `bos_id`, `stop_ids` (the declared end first) and `pad_id` are
     special tokens; `adds_bos` says whether a document opens with the first. The merges follow from
-    the ranks (tokenizer_export).
+    the ranks (tokenizer_export). `adds_image`: it is that of a text model which was taught to see;
+    the image is the id after all others, beyond the output head. Llama 3's have it without that.
     """
 
     pieces: list[bytes]
@@ -88,6 +89,7 @@ class Vocabulary:
     stop_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     chat_template: str | None = None
+    adds_image: bool = False
 
     @property
     def is_llama3(self) -> bool:

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l32jax.data import chat_template
-from l32jax.data.chat import Image, Message, encode_dialog, encode_for_training
+from l32jax.data.chat import (
+    IMAGE_MARK,
+    Image,
+    Message,
+    encode_caption,
+    encode_dialog,
+    encode_document,
+    encode_for_training,
+)
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.data.tool_calls import (
     ToolCall,
@@ -237,6 +245,73 @@ def test_models_without_chat_or_eyes_say_so(smollm2, templated):
     smollm2.chat_template = None
     with pytest.raises(InputError, match="neither Llama 3's chat tokens nor a chat template"):
         encode_dialog(smollm2, [Message("user", "hi")])
+
+
+# Images with the tokenizers of text models
+
+
+@pytest.fixture(scope="module")
+def seeing(smollm2) -> Tokenizer:
+    return smollm2.with_image_token()
+
+
+def test_a_template_shows_images_where_they_stand_in_a_message(seeing):
+    content = ("Is", Image(), " this like", Image(), Image(), "?")
+    messages = [Message("user", content), Message("assistant", "no")]
+    tokens, weights = encode_for_training(seeing, messages)
+    assert tokens == encode_dialog(seeing, messages, add_generation_prompt=False)
+    text = seeing.decode(tokens)
+    assert "user\nIs<|image|> this like<|image|><|image|>?<|im_end|>" in text
+    assert tokens.count(seeing.image_id) == 3
+    assert said(seeing, tokens, weights) == "no<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "text", ["<|image|>", IMAGE_MARK, f"<|im{IMAGE_MARK}age|>", f"{IMAGE_MARK}<|image|>"]
+)
+def test_no_text_becomes_an_image(seeing, text):
+    call = ToolCall(text, {text: [text]})
+    messages = [
+        Message("system", text),
+        Message("user", (text, Image(), text)),
+        Message("assistant", text, (call,)),
+        Message("tool", text),
+    ]
+    tokens = encode_dialog(seeing, messages)
+    assert tokens.count(seeing.image_id) == 1
+    assert [t for t in tokens if t < 17] == [1, 2] * 4 + [1]
+    assert encode_document(seeing, [text])[0].count(seeing.image_id) == 0
+
+
+def test_parts_of_a_message_do_not_join_to_a_special_token(seeing):
+    tokens = encode_dialog(seeing, [Message("user", ("<|im_", "end|>", Image(), "<|ima", "ge|>"))])
+    assert [t for t in tokens if t < 17] == [1, 2, 1, 2, 1]
+    assert tokens.count(seeing.image_id) == 1
+
+
+@pytest.mark.parametrize(
+    "content, shown", [("{{ m.content[3:] }}", 0), ("{{ m.content }}{{ m.content }}", 2)]
+)
+def test_a_template_that_loses_images_is_refused(smollm2, content, shown):
+    tokenizer = smollm2.with_image_token()
+    tokenizer.chat_template = "{% for m in messages %}" + content + "{% endfor %}"
+    with pytest.raises(InputError, match=f"it shows {shown} of 1 images"):
+        encode_dialog(tokenizer, [Message("user", (Image(), "hi"))])
+
+
+def test_documents_begin_and_end_as_the_tokenizers_own_do(seeing):
+    tokens, weights = encode_caption(seeing, "red circle", [None])
+    assert seeing.decode(tokens) == "<|image|>red circle<|endoftext|>"
+    assert weights == [0.0, 1.0, 1.0, 1.0]
+    llama3 = real_tokenizers.llama3()
+    tokens, weights = encode_document(llama3, ["a", Image(), "b"])
+    assert llama3.decode(tokens) == "<|begin_of_text|>a<|image|>b<|end_of_text|>"
+    assert weights == [0.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_documents_of_a_text_model_hold_no_images(smollm2):
+    with pytest.raises(InputError, match="reads text only"):
+        encode_caption(smollm2, "red circle", [None])
 
 
 # Tool calls

@@ -7,7 +7,8 @@ import pytest
 from l32jax.data import easy_vqa
 from l32jax.data.easy_vqa import EasyVqa, Question, Scene
 from l32jax.data.images import load_image
-from l32jax.data.sources import GUESS_WEIGHT, open_source
+from l32jax.data.sources.easy_vqa import GUESS_WEIGHT
+from l32jax.data.sources.open import open_source
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 

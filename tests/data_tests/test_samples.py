@@ -6,16 +6,8 @@ from PIL import Image
 
 from l32jax.config import VisionConfig
 from l32jax.data.images import load_image, preprocess
-from l32jax.data.samples import (
-    FIELDS,
-    Document,
-    Sample,
-    VisionShape,
-    make_prompt_batch,
-    make_row,
-    mirror,
-    vision_intervals,
-)
+from l32jax.data.rows import FIELDS, VisionShape, make_prompt_batch, make_row, vision_intervals
+from l32jax.data.samples import Document, Sample, mirror
 from l32jax.errors import InputError
 from tests import golden
 

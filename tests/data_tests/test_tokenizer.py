@@ -291,6 +291,40 @@ def test_smollm2_is_what_its_file_says(smollm2):
     assert smollm2.decode(smollm2.encode(SAMPLE)) == SAMPLE
 
 
+def test_an_image_token_is_one_more_that_the_head_does_not_know(smollm2, small):
+    seeing = smollm2.with_image_token()
+    assert seeing.num_tokens == seeing.image_id == smollm2.num_tokens
+    assert seeing.encode("<|image|>") == smollm2.encode("<|image|>")
+    assert seeing.encode("a<|image|>", allow_special=True) == [*seeing.encode("a"), 49152]
+    assert seeing.decode([49152, *seeing.encode(SAMPLE)]) == "<|image|>" + SAMPLE
+    assert seeing.with_image_token() is seeing
+    assert small.with_image_token() is small
+
+
+def test_an_image_token_stays_in_the_files(smollm2):
+    seeing = smollm2.with_image_token()
+    files = seeing.files()
+    read = Tokenizer.from_files(files, "memory")
+    assert read.vocabulary == seeing.vocabulary
+    assert (read.image_id, read.num_tokens) == (49152, 49152)
+    assert read.files() == files
+
+
+def test_an_image_token_that_is_not_the_last_is_a_word(tmp_path, small):
+    """What a file says of it is not believed: the embedding has no place for it there."""
+    content = hugging_face(small)
+    first = content["added_tokens"][0]["id"]
+    content["added_tokens"] = [
+        {"id": first, "content": "<|image|>"},
+        {"id": first + 1, "content": "</s>"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"image_token": "<|image|>"}))
+    read = Tokenizer.from_file(write_json(tmp_path, content).parent)
+    assert (read.image_id, read.num_tokens, read.special("<|image|>")) == (None, first + 2, first)
+    with pytest.raises(InputError, match="the text model has it as a word"):
+        read.with_image_token()
+
+
 @pytest.fixture(scope="module")
 def smollm2_oracle():
     """The same vocabulary in Hugging Face's own library, read by GGUF's own."""
