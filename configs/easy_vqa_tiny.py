@@ -7,8 +7,8 @@ On two CPU cores: a few minutes. It shows the mechanics (stages, frozen parts, r
 accuracy: `l32jax quickstart` has a recipe for that. Needs the extra `quickstart` for the data.
 """
 
-from l32jax.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.presets import TINY_VISION
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 
 
 def config() -> TrainConfig:

@@ -4,25 +4,29 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh
 
 from l32jax.checkpoint.engine.folders import is_remote
+from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.slices import load as load_slices
 from l32jax.checkpoint.formats import Checkpoint, open_checkpoint
+from l32jax.checkpoint.graft import graft, is_trunk
 from l32jax.checkpoint.steps import Steps
-from l32jax.config import Behaviour, Compat, LlamaConfig, TrainConfig
+from l32jax.config import Behaviour, Compat, LlamaConfig
 from l32jax.config_text import did_you_mean
 from l32jax.data import tokenizer_files
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
 from l32jax.model.llama import abstract_params, init_params
-from l32jax.model.parameters import on_mesh
+from l32jax.model.parameters import Params, combine, on_mesh, partition, trains
 from l32jax.presets import PRESETS
+from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.loop import stage_directory, train
 
@@ -55,23 +59,50 @@ def load(
     mesh = mesh or single_device_mesh()
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     compat = compat if isinstance(compat, Compat) else Compat.like(compat)
+    found = _find(source, tokenizer, compat)
+    return Model(found.config, _params(found, mesh, dtype, seed), found.tokenizer, mesh)
+
+
+class _Found(NamedTuple):
+    """A model whose parameters are yet to be read, or to be made if `slices` is None."""
+
+    config: LlamaConfig
+    slices: Slices | None
+    tokenizer: Tokenizer | None
+
+
+def _find(source: str | Path, tokenizer: str | Path | None, compat: Compat) -> _Found:
     found = Tokenizer.from_file(tokenizer) if tokenizer else None
     if str(source) in PRESETS:
         config = replace(PRESETS[str(source)], compat=compat)
-        found = found or _bytes_tokenizer(config)
-        require_matching(found, config, str(tokenizer))
-        with jax.set_mesh(mesh):
-            params = jax.jit(partial(init_params, config, dtype=dtype))(jax.random.key(seed))
-        return Model(config, params, found, mesh)
+        found = _fitting(found or _bytes_tokenizer(config), config, str(tokenizer))
+        return _Found(config, None, found)
     if not is_remote(source) and not Path(source).exists():
         hint = did_you_mean(str(source), PRESETS)
         raise InputError(f"model {str(source)!r}: neither a path nor a preset{hint}")
     checkpoint = open_checkpoint(source)
     for note in checkpoint.notes:
         logger.warning("%s: %s", source, note)
+    config = replace(checkpoint.config, compat=compat)
     found = found or tokenizer_of(checkpoint, source)
-    require_matching(found, checkpoint.config, str(tokenizer or source))
-    return model_of(checkpoint, found, mesh=mesh, dtype=dtype, compat=compat)
+    found = _fitting(found, config, str(tokenizer or source))
+    return _Found(config, checkpoint.slices, found)
+
+
+def _fitting(found: Tokenizer | None, config: LlamaConfig, where: str) -> Tokenizer | None:
+    """The tokenizer as the model needs it; InputError if it is another model's."""
+    require_matching(found, config, where)
+    return found.with_image_token() if found is not None and config.vision is not None else found
+
+
+def _params(found: _Found, mesh: Mesh, dtype: Any, seed: int) -> Params:
+    """On devices; each process reads the slices that it holds."""
+    with jax.set_mesh(mesh):
+        if found.slices is None:
+            init = partial(init_params, found.config, dtype=dtype)
+            return jax.jit(init)(jax.random.key(seed))
+        targets = on_mesh(abstract_params(found.config, dtype), mesh)
+    return load_slices(found.slices, targets)
 
 
 def tokenizer_of(checkpoint: Checkpoint, where: str | Path) -> Tokenizer | None:
@@ -94,16 +125,16 @@ def model_of(
     """The weights of a checkpoint on devices; each process reads the slices that it holds."""
     mesh = mesh or single_device_mesh()
     config = replace(checkpoint.config, compat=compat)
-    with jax.set_mesh(mesh):
-        targets = on_mesh(abstract_params(config, dtype), mesh)
-    return Model(config, load_slices(checkpoint.slices, targets), tokenizer, mesh)
+    found = _Found(config, checkpoint.slices, tokenizer)
+    return Model(config, _params(found, mesh, dtype, 0), tokenizer, mesh)
 
 
 def run(config: TrainConfig) -> Model:
     """Trains what is left of a run, on every device, and returns what came of it.
 
     Raises:
-      InputError: a path or the data is wrong, or `start_from` is not the config's model.
+      InputError: a path or the data is wrong, or `start_from` is neither the config's model nor the
+        text model that it is built on.
       Interrupted: the run was asked to stop, and has saved.
     """
     mesh = make_mesh(config.mesh)
@@ -116,27 +147,40 @@ def run(config: TrainConfig) -> Model:
 
 def _beginning(config: TrainConfig, mesh: Mesh) -> Model:
     """Where the first stage starts; without parameters if those are random, or it has begun."""
+    model = config.model
     if config.start_from is None:
         tokenizer = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
-        tokenizer = tokenizer or _bytes_tokenizer(config.model)
-        require_matching(tokenizer, config.model, str(config.tokenizer))
-        return Model(config.model, None, tokenizer, mesh)
-    model = load(
-        config.start_from,
-        mesh=mesh,
-        dtype=jnp.float32,
-        compat=config.model.compat,
-        tokenizer=config.tokenizer,
-        seed=config.seed,
-    )
-    if model.config != config.model:
+        tokenizer = tokenizer or _bytes_tokenizer(model)
+        return Model(model, None, _fitting(tokenizer, model, str(config.tokenizer)), mesh)
+    found = _find(config.start_from, config.tokenizer, model.compat)
+    if found.config != model and not is_trunk(found.config, model):
         raise InputError(
-            f"start_from {config.start_from!r} of the run: it is not the model of the config; "
-            "give weights of the same architecture, or change `model`"
+            f"start_from {config.start_from!r} of the run: it is neither the model of the config "
+            "nor the text model which that is built on; give weights of one of them, or change "
+            "`model`"
         )
+    tokenizer = _fitting(found.tokenizer, model, str(config.start_from))
     if Steps(stage_directory(config, 0)).all():
-        model.params = None
-    return model
+        params = None
+    elif found.config == model:
+        params = _params(found, mesh, jnp.float32, config.seed)
+    else:
+        params = _grafted(found, model, mesh, config.seed)
+    return Model(model, params, tokenizer, mesh)
+
+
+def _grafted(text: _Found, config: LlamaConfig, mesh: Mesh, seed: int) -> Params:
+    """Float32 parameters of a vision model: what it has of the text model, and the rest random."""
+    slices = text.slices or Slices.of(_params(text, mesh, jnp.float32, seed))
+    is_text = trains(("language_model",), config)
+
+    def fresh(key: Array) -> Params:
+        return partition(init_params(config, key), is_text)[1]
+
+    with jax.set_mesh(mesh):
+        targets, _ = partition(on_mesh(abstract_params(config), mesh), is_text)
+        rest = jax.jit(fresh)(jax.random.key(seed))
+    return combine(load_slices(graft(slices, text.config, config), targets), rest)
 
 
 def _bytes_tokenizer(config: LlamaConfig) -> Tokenizer | None:

@@ -15,22 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from l32jax.api import Model, load
-from l32jax.config import (
-    DataConfig,
-    DecoderConfig,
-    LlamaConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RopeScaling,
-    StageConfig,
-    TrainConfig,
-    VisionConfig,
-)
+from l32jax.config import DecoderConfig, LlamaConfig, MeshConfig, RopeScaling, VisionConfig
 from l32jax.conversion.convert import save
 from l32jax.data import easy_vqa
 from l32jax.data.images import load_image
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.evaluate.easy_vqa import accuracy, accuracy_without_pictures, ask
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.sharding import make_mesh
 from l32jax.train.loop import stage_directory, train
 
@@ -80,6 +71,7 @@ def stages() -> tuple[StageConfig, ...]:
         mixture=(("easy-vqa/train/reasoned", 0.9), ("easy-vqa/train/captions", 0.1)),
         batch_size=16,
         length=80,
+        packing="none",  # a row is one picture, and as many questions about it as fit
     )
     pairs = DataConfig(
         mixture=(("easy-vqa/train/captions", 1.0),),
@@ -87,6 +79,7 @@ def stages() -> tuple[StageConfig, ...]:
         length=8,
         max_images=1,
         mirror_images=True,
+        packing="none",
     )
     questions = dataclasses.replace(
         pairs, mixture=(("easy-vqa/train/reasoned", 1.0),), batch_size=32, length=56

@@ -8,21 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l32jax.config import (
-    Compat,
-    DataConfig,
-    DecoderConfig,
-    LlamaConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RopeScaling,
-    StageConfig,
-    TrainConfig,
-    VisionConfig,
-)
+from l32jax.config import Compat, DecoderConfig, LlamaConfig, MeshConfig, RopeScaling, VisionConfig
 from l32jax.config_text import changed_fields, from_json, override, to_json
 from l32jax.errors import InputError
 from l32jax.presets import PRESETS, TINY_TEXT, TINY_VISION
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 
 STAGE = StageConfig(
     name="one",

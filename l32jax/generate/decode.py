@@ -141,7 +141,7 @@ def generate(
     """Yields a token for each row, step by step, until every row has stopped; pads follow a stop.
 
     Args:
-      batch: prompts padded on the right (`data.samples.make_prompt_batch`), on the devices.
+      batch: prompts padded on the right (`data.rows.make_prompt_batch`), on the devices.
     """
     batch = dict(batch)
     length = batch.pop("length")

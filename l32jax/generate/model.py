@@ -13,7 +13,7 @@ from l32jax.config import LlamaConfig, SamplingConfig
 from l32jax.data.batches import place
 from l32jax.data.chat import Image, Message, encode_dialog
 from l32jax.data.images import ImageSource
-from l32jax.data.samples import Batch, VisionShape, make_prompt_batch
+from l32jax.data.rows import Batch, VisionShape, make_prompt_batch
 from l32jax.data.tokenizer import StreamDecoder, Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.decode import bucket, generate

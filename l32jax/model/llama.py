@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from l32jax.config import AttentionConfig, LlamaConfig
 from l32jax.model.attention import Interval
@@ -15,7 +15,7 @@ from l32jax.model.cache import Cache
 from l32jax.model.decoder import Decoder, Saved
 from l32jax.model.layers import Projection
 from l32jax.model.parameters import Params, flatten
-from l32jax.model.vision import VisionEncoder
+from l32jax.model.vision import VisionEncoder, normalise
 from l32jax.sharding import activation_spec, single_device_mesh
 
 Batch = dict[str, Array]
@@ -23,20 +23,35 @@ AUTO = AttentionConfig()
 
 
 class Images(NamedTuple):
-    """The images of a batch; empty slots have aspect (0, 0) and zero tiles.
+    """The images of a batch; empty slots have aspect (0, 0).
 
+    tiles: pixels, or floats that are normalised already and zero where there is no tile; None where
+      a frozen encoder has computed the features of the listed tiles before.
     tile_index lists the tiles on the axis that text attends to, as image * c + tile of the row:
     used tiles first, image by image.
     """
 
-    tiles: Float[Array, "b i c 3 y x"]
+    tiles: UInt8[Array, "b i c 3 y x"] | Float[Array, "b i c 3 y x"] | None
     aspect: Int[Array, "b i 2"]
     tile_index: Int[Array, "b m"]
+    features: Float[Array, "b m p e"] | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> "Images | None":
-        """Those of a batch (its layout: `data.samples.FIELDS`)."""
-        return cls(*(batch[name] for name in cls._fields)) if "tiles" in batch else None
+        """Those of a batch (its layout: `data.rows.FIELDS`)."""
+        if "aspect" not in batch:
+            return None
+        tiles, features = batch.get("tiles"), batch.get("features")
+        return cls(tiles, batch["aspect"], batch["tile_index"], features)
+
+    def normalised(self, dtype: Any) -> "Images":
+        """With tiles as the encoder takes them, or features of that dtype."""
+        if self.features is not None:
+            return self._replace(features=self.features.astype(dtype))
+        assert self.tiles is not None
+        if self.tiles.dtype == jnp.uint8:
+            return self._replace(tiles=normalise(self.tiles, self.aspect, dtype))
+        return self._replace(tiles=self.tiles.astype(dtype))
 
 
 class Llama(nnx.Module):
@@ -52,12 +67,14 @@ class Llama(nnx.Module):
         images: Images,
         attention: AttentionConfig = AUTO,
     ) -> Float[Array, "b i c p e"]:
+        assert images.tiles is not None, "their features are given"
         tiles, aspect = (_merge(array, 0) for array in (images.tiles, images.aspect))
         features = self.vision(tiles, aspect, attention)
         return features.reshape(*images.aspect.shape[:2], *features.shape[1:], out_sharding=_rows())
 
-    def project(self, features: Float[Array, "b i c p e"]) -> Float[Array, "b i c p d"]:
-        flat = _merge(_merge(features, 1), 1)
+    def project(self, features: Float[Array, "b *tiles p e"]) -> Float[Array, "b *tiles p d"]:
+        rows, *_, width = features.shape
+        flat = features.reshape(rows, -1, width, out_sharding=_rows())
         return self.projector(flat).reshape(*features.shape[:-1], -1, out_sharding=_rows())
 
     def vision_tokens(
@@ -66,6 +83,8 @@ class Llama(nnx.Module):
         attention: AttentionConfig = AUTO,
     ) -> Float[Array, "b s d"]:
         """The projected tokens of the listed tiles, end to end."""
+        if images.features is not None:
+            return _merge(self.project(images.features), 1)
         tiles = _merge(self.project(self.features(images, attention)), 1)
         return _merge(jax.vmap(lambda row, index: row[index])(tiles, images.tile_index), 1)
 
@@ -147,8 +166,7 @@ def forward(
     dtype = jnp.dtype(dtype or decoder.embedding.weight[...].dtype)
     vision = None
     if images is not None:
-        images = images._replace(tiles=images.tiles.astype(dtype))
-        vision = model.vision_tokens(images, attention)
+        vision = model.vision_tokens(images.normalised(dtype), attention)
     context = decoder.context(
         positions,
         text,

@@ -1,11 +1,13 @@
 """The tiled image encoder of Llama 3.2 Vision (llama-models, `multimodal/model.py`)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
-from l32jax.config import AttentionConfig, LlamaConfig, VisionConfig
+from l32jax.config import CLIP_MEAN, CLIP_STD, AttentionConfig, LlamaConfig, VisionConfig
 from l32jax.model.attention import Interval, Sight
 from l32jax.model.cache import KeyValue
 from l32jax.model.layers import GeluMLP, LayerNorm, Projection, gate_param, normal_param
@@ -120,6 +122,7 @@ class VisionEncoder(nnx.Module):
 
         All `c` tiles are computed: unused ones take part in attention, as in the reference.
         """
+        assert jnp.issubdtype(tiles.dtype, jnp.floating), "pixels must be normalised first"
         num_tiles, num_tokens = tiles.shape[1], self.config.tokens_per_tile
         rows = activation_spec("b")
         x = self._embed(tiles, aspect)
@@ -132,7 +135,7 @@ class VisionEncoder(nnx.Module):
         sees = self._sees(aspect, num_tiles * num_tokens + padding, attention, x.dtype)
 
         x, taps = self._local(x, sees)
-        x = self.post_norm(x) + self._post_tile(aspect, padding)
+        x = self.post_norm(x) + self._post_tile(aspect, padding).astype(x.dtype)
         x = _scan(self.global_blocks, x, sees)
 
         taps = jnp.stack(taps, axis=-1)  # channel c of tap j at c * num_taps + j, as in Meta
@@ -173,6 +176,16 @@ class VisionEncoder(nnx.Module):
         tile = self.post_tile(aspect)[:, :, 0]
         real = jnp.repeat(tile, self.config.tokens_per_tile, axis=1)
         return jnp.concatenate([real, jnp.repeat(tile, padding // tile.shape[1], axis=1)], axis=1)
+
+
+def normalise(
+    tiles: UInt8[Array, "*b c 3 y x"], aspect: Int[Array, "*b 2"], dtype: Any
+) -> Float[Array, "*b c 3 y x"]:
+    """Pixels as CLIP normalises them, in float32; tiles past the grid are zeros *after* that."""
+    mean, std = (jnp.array(each, jnp.float32)[:, None, None] for each in (CLIP_MEAN, CLIP_STD))
+    values = (tiles.astype(jnp.float32) / 255 - mean) / std
+    used = jnp.arange(tiles.shape[-4]) < aspect.prod(axis=-1, keepdims=True)
+    return jnp.where(used[..., None, None, None], values, 0).astype(dtype)
 
 
 def patchify(tiles: Float[Array, "b c 3 y x"], size: int) -> Float[Array, "b t e"]:

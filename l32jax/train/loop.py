@@ -2,8 +2,10 @@
 
 import logging
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +14,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from l32jax.checkpoint.store import SaveError, Store
-from l32jax.config import StageConfig, TrainConfig
 from l32jax.config_text import changed_fields, to_json
 from l32jax.data.batches import Batches, place
-from l32jax.data.sources import open_batches
+from l32jax.data.sources.mixture import open_batches
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params, on_mesh
+from l32jax.run_config import StageConfig, TrainConfig
+from l32jax.train.accumulate import require_even_rows
+from l32jax.train.features import compute_features
+from l32jax.train.goodput import Clock
 from l32jax.train.objectives import next_token
 from l32jax.train.optimizer import learning_rate
 from l32jax.train.report import Report
-from l32jax.train.step import TrainState, begin_stage, init_state, make_train_step
+from l32jax.train.run_folder import at_work
+from l32jax.train.step import TrainState, begin_stage, end_stage, init_state, make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +47,14 @@ def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh
     Args:
       params: what the first stage starts from; None for random ones. They are donated.
     """
-    for number, stage in enumerate(config.stages):
-        with jax.set_mesh(mesh):
-            params = run_stage(config, number, stage, tokenizer, params, mesh).params
+    for stage in config.stages:
+        require_even_rows(stage, mesh)
+    writing = jax.process_index() == 0
+    with at_work(config, writing=writing, stopped_by=Interrupted) as clock:
+        for number, stage in enumerate(config.stages):
+            with jax.set_mesh(mesh):
+                state = run_stage(config, number, stage, tokenizer, params, mesh, clock)
+                params = state.params
     assert params is not None
     return params
 
@@ -59,8 +70,11 @@ def run_stage(
     tokenizer: Tokenizer,
     params: Params | None,
     mesh: Mesh,
+    clock: Clock,
 ) -> TrainState:
     """One stage from its newest checkpoint, or from `params`, to its last step."""
+    clock.switch("training_prep")
+    config = replace(config, model=config.model_of(number))  # which its checkpoints say they hold
     batches = open_batches(
         stage.data,
         config.model,
@@ -70,29 +84,43 @@ def run_stage(
         process_count=jax.process_count(),
     )
     with closing(batches), Store(stage_directory(config, number), keep=config.keep) as store:
+        if store.steps():
+            clock.switch("unproductive_checkpoint_restore_time")
         state = _init_or_restore(config, number, stage, store, batches, params, mesh)
+        clock.switch("training_prep")
         first, last = int(state.step), stage.num_steps
         if first == last:
             return state
+        if stage.data.features is not None:
+            _compute_features(config, stage, tokenizer, state, mesh)
         tokenizer_files = tokenizer.files()
         objective = partial(
             next_token,
+            z_loss=stage.z_loss,
             dtype=jnp.dtype(config.dtype),
             saved=config.saved,
             attention=config.attention,
         )
-        step = make_train_step(config.model, stage, objective)
-        with Report(config, number, first) as report, _stop_requested() as stop:
+        matrix_dtype = config.dtype if config.params == "bfloat16" else "float32"
+        step = make_train_step(config.model, stage, objective, matrix_dtype=jnp.dtype(matrix_dtype))
+        report = Report(config, number, first, clock=clock, mesh=mesh, tokenizer=tokenizer)
+        with report, _stop_requested() as stop:
             for index in range(first, last):
-                batch = next(batches)
+                with report.waiting():
+                    batch = next(batches)
                 rate = learning_rate(stage.optimizer, last, index)
-                state, metrics = step(state, place(batch, mesh), jnp.float32(rate))
+                placed = place(batch, mesh)
+                state, metrics = step(state, placed, jnp.float32(rate))
                 # The devices are at work on it; this reads the metrics of the step before.
-                report(index, batch, metrics | {"learning_rate": rate})
+                metrics |= {"learning_rate": rate}
+                report(index, batch, metrics, placed=placed, params=state.params)
                 done = index + 1
+                if done == last:
+                    state = end_stage(config.model, stage, state)
                 stopping = stop()  # asked once a step: a signal may come between two answers
                 if stopping or done == last or done % config.save_every == 0:
-                    _save(store, done, state, batches, config, tokenizer_files)
+                    with report.saving():
+                        _save(store, done, state, batches, config, tokenizer_files)
                 if stopping:
                     store.wait()
                     raise Interrupted(stage.name, done)
@@ -109,7 +137,8 @@ def _init_or_restore(
     mesh: Mesh,
 ) -> TrainState:
     seed = config.seed + number
-    init = partial(init_state, config.model, stage, seed)
+    dtype = jnp.dtype(config.params)
+    init = partial(init_state, config.model, stage, seed, frozen_dtype=dtype)
     if store.steps():
         restored = store.restore(on_mesh(jax.eval_shape(init), mesh))
         if changed := changed_fields(restored.config_json, config):
@@ -119,12 +148,28 @@ def _init_or_restore(
                 restored.step,
                 ", ".join(changed),
             )
-        batches.set_state(restored.iterator_states[jax.process_index()])
+        batches.set_state(restored.iterator_states)
         return restored.state
     if params is None:
         return jax.jit(init)()
-    begin = partial(begin_stage, config.model, stage, seed=seed)
-    return jax.jit(begin, donate_argnums=0)(params)
+    begin = partial(begin_stage, config.model, stage, seed=seed, frozen_dtype=dtype)
+    with warnings.catch_warnings():  # what gets another size or dtype cannot stay where it is
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        state = jax.jit(begin, donate_argnums=0)(params)
+    jax.tree.map(lambda leaf: leaf.delete(), params)  # of those, which the stage would carry along
+    return state
+
+
+def _compute_features(
+    config: TrainConfig, stage: StageConfig, tokenizer: Tokenizer, state: TrainState, mesh: Mesh
+) -> None:
+    with _stop_requested() as stop:
+
+        def check_stop() -> None:
+            if stop():
+                raise Interrupted(stage.name, int(state.step))
+
+        compute_features(config, stage, tokenizer, state.params, mesh, check_stop=check_stop)
 
 
 def _save(

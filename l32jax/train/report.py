@@ -1,110 +1,235 @@
-"""What a running stage tells: a progress bar, TensorBoard scalars, and one JSON line a record."""
+"""What a running stage tells: numbers in JSON lines and TensorBoard, pictures, and a live view."""
 
-import json
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jax.sharding import Mesh
+from jaxtyping import Array
 
-from l32jax.config import TrainConfig
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.model.parameters import Params
+from l32jax.run_config import TrainConfig
+from l32jax.train import examples, goodput, inside, journal
+from l32jax.train.flops import Counts
+from l32jax.train.run_folder import METRICS
+from l32jax.train.speed import Speed, full_step
+from l32jax.train.view import View
 
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw on
+# Loss and accuracy stand by themselves; what else a step returns is put below one of these.
+GROUPS = {"grad_norm": "optim", "learning_rate": "optim", "weight": "data"}
+
+
+class _Step(NamedTuple):
+    """A step on its way: how many there are with it, what it returns, and what was in it."""
+
+    number: int
+    metrics: Mapping[str, Any]
+    gates: Mapping[str, Array]
+    counts: Counts
+    waited: float
+
+    def is_done(self) -> bool:
+        return self.metrics["loss"].is_ready()
 
 
 class Report:
-    """Called once a step with the batch on the host and the metrics still on the devices.
+    """Called once a step, with the batch on the host and the metrics still on the devices.
 
-    Metrics are read when the next step has been dispatched, so that devices never wait for it.
-    Speeds count what was learned from: tokens that see something, and images that are there.
+    A step is waited for when the next one has been dispatched: devices always have one to do, and
+    the time between two ends is a step's. Data was waited for if the devices had come to an end
+    when it came; then all of the wait counts, which is at most what it cost. Speeds count what
+    was learned from: tokens that see something, and images that are there. Every process reports;
+    the first one writes.
+
+    Args:
+      config: of the run; its model is this stage's.
+      number, first_step: of the stage, and how many of its steps are done.
+      clock: of the run's goodput.
     """
 
-    def __init__(self, config: TrainConfig, number: int, first_step: int):
-        self._stage = config.stages[number]
-        self._log_every = config.log_every
-        self._pending: tuple[int, Any] | None = None
-        self._tokens = self._images = 0
-        self._since = self._told = time.monotonic()
-        self._logging = jax.process_index() == 0
-        if not self._logging:
-            return
-        from tensorboardX import SummaryWriter  # imports torch, where that is: two seconds
-
-        directory = Path(config.directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._scalars = SummaryWriter(str(directory / "tensorboard" / self._stage.name))
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task(
-            self._stage.name, total=self._stage.num_steps, completed=first_step, told=""
-        )
+    def __init__(
+        self,
+        config: TrainConfig,
+        number: int,
+        first_step: int,
+        *,
+        clock: goodput.Clock,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+    ):
+        self._config, self._stage = config, config.stages[number]
+        self._number, self._first_step = number, first_step
+        self._clock, self._tokenizer = clock, tokenizer
+        self._under_way: _Step | None = None
+        self._untold: _Step | None = None
+        self._ended = self._waited = 0.0
+        self._looks: dict[str, float] = {}  # of the last look
+        self._untold_looks: dict[str, float] = {}
+        self._speed = Speed(config.model, self._stage, mesh.size, mesh.devices.flat[0].device_kind)
+        self._probe = inside.make_probe(config, mesh)
+        self._writing = jax.process_index() == 0
 
     def __enter__(self) -> "Report":
-        if self._logging:
-            self._progress.start()
+        self._clock.enter(self._number, self._first_step)
+        if self._writing:
+            from tensorboardX import SummaryWriter  # imports torch, where that is: two seconds
+
+            directory = Path(self._config.directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lines = journal.open_to_append(directory / METRICS)
+            self._board = SummaryWriter(
+                str(directory / "tensorboard" / self._stage.name), purge_step=self._first_step + 1
+            )
+            self._view = View(self._stage.name, self._stage.num_steps, self._first_step)
+            self._view.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        if not self._logging:
-            return
-        self._flush()
-        self._progress.stop()
-        self._scalars.close()
-        self._lines.close()
+    def __exit__(self, kind, *_) -> None:
+        with suppress(jax.errors.JaxRuntimeError) if kind else nullcontext():
+            self._wait()
+            self._tell()
+        self._clock.switch("unproductive_checkpoint_save_time")  # its end is waited for now
+        if self._writing:
+            self._view.stop()
+            self._board.close()
+            self._lines.close()
 
-    def __call__(self, index: int, batch: dict[str, np.ndarray], metrics: Any) -> None:
-        """Step `index` is on its way to the devices."""
-        if not self._logging:
-            return
-        self._tokens += int(np.sum(batch["stop"] > batch["start"])) * jax.process_count()
-        if "aspect" in batch:
-            self._images += int(np.sum(batch["aspect"].prod(axis=-1) > 0)) * jax.process_count()
-        self._flush()
-        if (index + 1) % self._log_every == 0 or index + 1 == self._stage.num_steps:
-            self._pending = index + 1, metrics
-        self._progress.update(self._task, completed=index + 1)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what gets the next batch."""
+        begin = time.monotonic()
+        yield
+        if self._under_way is None or self._under_way.is_done():
+            self._wait(ended=begin)
+            self._waited = time.monotonic() - begin
+            self._clock.move(self._waited, "data_loading_sync")
+        if not self._ended:
+            self._clock.switch("program_startup")
 
-    def _flush(self) -> None:
-        """Tells what was left to tell; this waits for the step that it tells of."""
-        if self._pending is None:
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what saves the state; that is no step's time."""
+        with self._pausing("unproductive_checkpoint_save_time"):
+            yield
+
+    def __call__(
+        self,
+        index: int,
+        batch: Mapping[str, np.ndarray],
+        metrics: Mapping[str, Any],
+        *,
+        placed: Mapping[str, Array],
+        params: Params,
+    ) -> None:
+        """Step `index` is on its way to the devices; these are its batch there, and its result."""
+        done = index + 1
+        counts = Counts.of(batch, processes=jax.process_count())
+        gates = inside.gates(params) if self._is_due(done, self._config.log_every) else {}
+        step = _Step(done, metrics, gates, counts, self._waited)
+        self._waited = 0.0
+        self._wait()
+        self._tell()
+        self._under_way = step
+        if self._is_due(done, self._config.show_every):
+            with self._pausing("custom_badput_events"):
+                self._look_inside(done, batch, placed, params)
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self._stage.num_steps
+
+    def _wait(self, ended: float | None = None) -> None:
+        """Until the step that is under way has ended, which may be known."""
+        if self._under_way is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.monotonic()
-        seconds, self._since = now - self._since, now
-        values |= {"tokens_per_s": self._tokens / seconds, "images_per_s": self._images / seconds}
-        self._tokens = self._images = 0
-        self._lines.write(json.dumps({"stage": self._stage.name, "step": step, **values}) + "\n")
-        self._lines.flush()
+        step, self._under_way = self._under_way, None
+        jax.block_until_ready(step.metrics)
+        ended = time.monotonic() if ended is None else ended
+        if self._ended:
+            self._speed.add(ended - self._ended, step.waited, step.counts)
+        self._ended, self._untold = ended, step
+        self._clock.switch("step")
+        last = step.number == self._stage.num_steps
+        self._clock.reached(self._number, step.number, last=last)
+
+    @contextmanager
+    def _pausing(self, bucket: goodput.Spent) -> Iterator[None]:
+        self._wait()
+        with self._clock.spending(bucket):
+            yield
+        self._ended = time.monotonic()
+
+    def _tell(self) -> None:
+        """What has ended and is untold."""
+        step, self._untold = self._untold, None
+        if step is None or not self._writing:
+            return
+        self._view.advance(step.number)
+        if not self._is_due(step.number, self._config.log_every):
+            return
+        metrics, gates = jax.device_get((step.metrics, step.gates))
+        values = {_grouped(name): float(value) for name, value in metrics.items()}
+        values |= self._speed.take()
+        values |= inside.gate_scalars(gates, self._config.model.decoder)
+        values |= self._untold_looks
+        self._untold_looks = {}
+        values["perf/goodput"] = self._clock.so_far().share
+        self._write(step.number, values)
+        self._view.show(step.number, self._looks | values, *self._seconds_left(step.number))
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        record = {"stage": self._stage.name, "step": step, "time": time.time(), **values}
+        journal.append(self._lines, record)
         for name, value in values.items():
-            self._scalars.add_scalar(name, value, step)
-        self._tell(step, values, now)
+            self._board.add_scalar(name, value, step)
 
-    def _tell(self, step: int, values: dict[str, float], now: float) -> None:
-        told = (
-            f"loss {values['loss']:.3f}  accuracy {values['accuracy']:.1%}  "
-            f"{values['tokens_per_s']:,.0f} tokens/s"
-        )
-        if values["images_per_s"]:
-            told += f"  {values['images_per_s']:,.0f} images/s"
-        self._progress.update(self._task, told=told)
-        last = step == self._stage.num_steps
-        if not self._console.is_terminal and (last or now - self._told > PLAIN_SECONDS):
-            self._told = now
-            left = self._progress.tasks[0].time_remaining
-            eta = "" if left is None or last else f"  {left:.0f} s left"
-            self._console.print(
-                f"{self._stage.name} {step}/{self._stage.num_steps}  {told}{eta}", highlight=False
-            )
+    def _seconds_left(self, done: int) -> tuple[float, float]:
+        """Of the stage, and of the run if later stages' operations take as long as this one's."""
+        seconds = self._speed.step_seconds
+        left = (self._stage.num_steps - done) * seconds
+        pace = seconds / full_step(self._config.model, self._stage)
+        later = self._config.stages[self._number + 1 :]
+        costs = (stage.num_steps * full_step(self._config.model, stage) for stage in later)
+        return left, left + pace * sum(costs)
+
+    def _look_inside(
+        self,
+        step: int,
+        batch: Mapping[str, np.ndarray],
+        placed: Mapping[str, Array],
+        params: Params,
+    ) -> None:
+        model = self._config.model
+        chosen = examples.choose(batch, model.vision, max_places=inside.PLACES)
+        asked = examples.asked_places(chosen, (len(batch["tokens"]), inside.PLACES))
+        looked = examples.looking_places(batch, inside.PLACES)
+        found = self._probe(params, dict(placed), looked, asked)
+        if not self._writing:
+            return
+        if found.looks is not None:
+            self._looks = self._untold_looks = inside.look_scalars(found.looks, model.decoder)
+        for number, example in enumerate(chosen):
+            self._show(step, f"examples/{number}", example, batch, found.likeliest)
+
+    def _show(
+        self,
+        step: int,
+        name: str,
+        example: examples.Example,
+        batch: Mapping[str, np.ndarray],
+        likeliest: np.ndarray,
+    ) -> None:
+        told = examples.tell(example, batch, likeliest, self._tokenizer)
+        self._board.add_text(name, examples.as_markdown(told), step)
+        if image := examples.picture(example, batch):
+            board_image = examples.captioned(image, told)
+            self._board.add_image(name, board_image, step, dataformats="HWC")
+
+
+def _grouped(name: str) -> str:
+    group = GROUPS.get(name.partition("/")[0])
+    return name if group is None else f"{group}/{name}"

@@ -2,16 +2,22 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from l32jax.config import LlamaConfig, StageConfig
+from l32jax.config import LlamaConfig
 from l32jax.model.llama import Llama, bind, init_params
-from l32jax.model.parameters import Params, combine, partition, trains
+from l32jax.model.parameters import Params, combine, partition, path_name, trains
+from l32jax.model.resize import resize_positions
+from l32jax.run_config import StageConfig
+from l32jax.train.accumulate import summed_gradients
+from l32jax.train.average import averaged, begin_average
+from l32jax.train.inside import part_norms
+from l32jax.train.matrices import is_projection
 from l32jax.train.objectives import Batch, Metrics
 from l32jax.train.optimizer import make_optimizer
 
@@ -21,37 +27,77 @@ Objective = Callable[[Llama, Batch, Array], tuple[Array, Metrics]]
 class TrainState(NamedTuple):
     """Everything of a run that a step changes, or that later steps depend on.
 
-    `opt_state` has leaves for the parameters that train, and none for frozen ones.
+    `opt_state` and `average` have leaves for the parameters that train, and none for frozen ones;
+    `average` has none where the stage takes none.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
     rng: UInt32[Array, "2"]  # raw key data: a checkpoint holds plain arrays
+    average: Params | None = None
 
 
-def init_state(config: LlamaConfig, stage: StageConfig, seed: int) -> TrainState:
+def init_state(
+    config: LlamaConfig, stage: StageConfig, seed: int, *, frozen_dtype: Any = jnp.float32
+) -> TrainState:
     """Random parameters and an empty optimizer. Run it in one jit: arrays are born sharded."""
-    key = jax.random.key(seed)
-    return begin_stage(config, stage, init_params(config, key), seed=seed)
+    params = init_params(config, jax.random.key(seed))
+    return begin_stage(config, stage, params, seed=seed, frozen_dtype=frozen_dtype)
 
 
 def begin_stage(
-    config: LlamaConfig, stage: StageConfig, params: Params, *, seed: int
+    config: LlamaConfig,
+    stage: StageConfig,
+    params: Params,
+    *,
+    seed: int,
+    frozen_dtype: Any = jnp.float32,
 ) -> TrainState:
-    """Step 0 of a stage that goes on from `params`: a fresh optimizer for what it trains."""
-    trainable, _ = partition(params, trains(stage.trains, config))
-    optimizer = make_optimizer(stage.optimizer)
+    """Step 0 of a stage that goes on from `params`: a fresh optimizer for what it trains.
+
+    Args:
+      config: the stage's model; the parameters may be of another image size, and of any dtype.
+    """
+    if config.vision is not None:
+        params = resize_positions(params, config.vision)
+    trainable, frozen = partition(params, trains(stage.trains, config))
+    trainable, frozen = (
+        optax.tree.cast(trainable, jnp.float32),
+        optax.tree.cast(frozen, frozen_dtype),
+    )
     rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
-    return TrainState(jnp.int32(0), params, optimizer.init(trainable), rng)
+    return TrainState(
+        jnp.int32(0),
+        combine(trainable, frozen),
+        make_optimizer(stage.optimizer).init(trainable),
+        rng,
+        begin_average(stage, trainable),
+    )
+
+
+def end_stage(config: LlamaConfig, stage: StageConfig, state: TrainState) -> TrainState:
+    """The state whose parameters are what the stage results in: its average, if it takes one."""
+    if state.average is None:
+        return state
+    _, frozen = partition(state.params, trains(stage.trains, config))
+    return state._replace(params=combine(state.average, frozen))
 
 
 def make_train_step(
-    config: LlamaConfig, stage: StageConfig, objective: Objective
+    config: LlamaConfig,
+    stage: StageConfig,
+    objective: Objective,
+    *,
+    matrix_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """The jitted (state, batch, learning rate) -> (state, metrics) of a stage.
 
-    Frozen parameters get no gradient and have no optimizer state.
+    Frozen parameters get no gradient and have no optimizer state. Metrics are means over the
+    batch's targets, their "weight", and the norm of the gradients.
+
+    Args:
+      matrix_dtype: in which the model sees the matrices that train.
     """
     is_trainable = trains(stage.trains, config)
     optimizer = make_optimizer(stage.optimizer)
@@ -60,16 +106,29 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, rate: Float[Array, ""]):
         trainable, frozen = partition(state.params, is_trainable)
 
+        def loss_sum(trainable, rows, rng):
+            return objective(bind(config, combine(trainable, frozen)), rows, rng)
+
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        seen = _with_matrices_of(matrix_dtype, trainable)
+        grads, sums = summed_gradients(loss_sum, seen, batch, rng, stage.accumulate)
+        weight = sums.pop("weight")
+        grads, metrics = optax.tree.scale(1 / jnp.maximum(weight, 1e-6), (grads, sums))
 
-        def batch_loss(trainable):
-            return objective(bind(config, combine(trainable, frozen)), batch, rng)
-
-        grads, metrics = jax.grad(batch_loss, has_aux=True)(trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        updates = optax.tree.scale(rate, updates)
-        params = combine(optax.apply_updates(trainable, updates), frozen)
-        metrics |= {"grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+        trainable = optax.apply_updates(trainable, optax.tree.scale(rate, updates))
+        done = state.step + 1
+        average = averaged(stage, state.average, trainable, done)
+        metrics |= {"weight": weight, "grad_norm": optax.tree.norm(grads)}
+        metrics |= part_norms(grads, config)
+        params = combine(trainable, frozen)
+        return TrainState(done, params, opt_state, state.rng, average), metrics
 
     return train_step
+
+
+def _with_matrices_of(dtype: Any, params: Params) -> Params:
+    """Tables stay as they are: their gradients are sums over many places, in their own dtype."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if is_projection(path_name(path)) else leaf, params
+    )

@@ -10,7 +10,7 @@ import pytest
 from l32jax.api import load
 from l32jax.config import MeshConfig, SamplingConfig
 from l32jax.data.batches import place
-from l32jax.data.samples import VisionShape, make_prompt_batch
+from l32jax.data.rows import VisionShape, make_prompt_batch
 from l32jax.errors import InputError
 from l32jax.generate import decode as generation
 from l32jax.generate.model import Model
@@ -233,7 +233,8 @@ def test_cached_keys_carry_their_norm(params):
     @jax.jit
     def expected(params, batch):
         model = bind(golden.VISION, params)
-        vision = model.vision_tokens(Images(*(batch[n] for n in ("tiles", "aspect", "tile_index"))))
+        images = Images(batch["tiles"], batch["aspect"], batch["tile_index"])
+        vision = model.vision_tokens(images.normalised(jnp.float32))
         return jax.vmap(lambda block: block.attention.keys_and_values(vision))(
             model.decoder.groups.blocks[slot]
         )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from l32jax.data.samples import vision_intervals
+from l32jax.data.rows import vision_intervals
 
 IMAGE, TEXT = 1, 0
 

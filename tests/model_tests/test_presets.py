@@ -82,9 +82,22 @@ def test_the_trunk_of_a_vision_model_has_the_layers_of_the_text_model():
     assert same == TINY_TEXT.decoder
 
 
-def test_a_trunk_that_groups_cannot_divide_is_refused():
-    with pytest.raises(InputError, match="trunk of 30 layers"):
-        with_vision(SMOLLM2_135M, VisionConfig(image_size=28))
+def test_a_trunk_can_look_every_so_many_layers():
+    config = with_vision(SMOLLM2_135M, VisionConfig(image_size=28), every=6).decoder
+    kinds = config.group_pattern * config.num_groups
+    assert [at for at, kind in enumerate(kinds) if kind == "cross"] == [5, 12, 19, 26, 33]
+    each = with_vision(TINY_TEXT, VisionConfig(image_size=28), every=1).decoder
+    assert (each.group_pattern, each.num_groups) == (("cross", "self"), 4)
+
+
+def test_a_trunk_that_cannot_be_looked_from_is_refused():
+    encoder = VisionConfig(image_size=28)
+    with pytest.raises(InputError, match="trunk of 30 layers: groups of 4 .* divisor"):
+        with_vision(SMOLLM2_135M, encoder)
+    with pytest.raises(InputError, match="trunk of 30 layers: groups of 0 "):
+        with_vision(SMOLLM2_135M, encoder, every=0)
+    with pytest.raises(InputError, match="give a text model's"):
+        with_vision(TINY_VISION, encoder)
 
 
 def test_an_unknown_preset_is_named_beside_the_closest():

@@ -18,7 +18,8 @@ import numpy as np
 
 from l32jax.config import AttentionConfig, DecoderConfig, LlamaConfig
 from l32jax.data.batches import place
-from l32jax.data.samples import Sample, make_row, stack
+from l32jax.data.rows import make_row, stack
+from l32jax.data.samples import Sample
 from l32jax.sharding import single_device_mesh
 from l32jax.train.objectives import next_token
 from l32jax.train.step import init_state, make_train_step

@@ -5,15 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from l32jax.config import DataConfig, LlamaConfig, OptimizerConfig, Part, StageConfig
-from l32jax.data.samples import Batch, Sample, VisionShape, make_row, stack
-from l32jax.presets import TINY_VISION
+from l32jax.config import LlamaConfig, Part
+from l32jax.data.rows import Batch, VisionShape, make_row, stack
+from l32jax.data.samples import Sample
+from l32jax.presets import TINY_TEXT, TINY_VISION
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig
 
 assert TINY_VISION.vision is not None
 MODEL = LlamaConfig(
     decoder=dataclasses.replace(TINY_VISION.decoder, num_groups=2, group_pattern=("self", "cross")),
     vision=dataclasses.replace(TINY_VISION.vision, num_local_layers=2, taps=(1,)),
 )
+TEXT = LlamaConfig(decoder=dataclasses.replace(TINY_TEXT.decoder, num_groups=1))
 IMAGE_ID = MODEL.decoder.vocab_size
 LENGTH = 16
 VISION = VisionShape.of(MODEL, max_images=1, max_tiles=4)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l32jax.config import OptimizerConfig
 from l32jax.model.llama import abstract_params
 from l32jax.model.parameters import flatten
+from l32jax.run_config import OptimizerConfig
 from l32jax.sharding import single_device_mesh
 from l32jax.train.optimizer import learning_rate, make_optimizer
 from tests.train_tests.small import MODEL

@@ -18,11 +18,13 @@ import pytest
 from PIL import Image
 
 from l32jax import api
-from l32jax.checkpoint.steps import Steps
-from l32jax.config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.checkpoint.steps import Steps, verify
+from l32jax.config import MeshConfig
+from l32jax.conversion.convert import save
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from l32jax.model.parameters import flatten
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.sharding import single_device_mesh
 from l32jax.train import loop
 from l32jax.train.step import TrainState
@@ -199,11 +201,11 @@ def assert_same(ours: Told, whole: Told) -> None:
     assert ours.leaves == whole.leaves
 
 
-def kill_at(trainer, config, log, place, *, saved_step) -> None:
+def kill_at(trainer, config, log, place, *, saved_step, stage: int = 1) -> None:
     process = trainer.start(config, log, hold=place)
     assert trainer.hear() == "holding"
     if saved_step:
-        wait_for(saved(config, 1), saved_step)
+        wait_for(saved(config, stage), saved_step)
     os.kill(process, signal.SIGKILL)
     assert trainer.hear() == str(-signal.SIGKILL)
 
@@ -258,6 +260,72 @@ def test_a_flipped_bit_costs_steps_and_changes_nothing(trainer, begun, whole):
     assert steps.newest_undamaged() == (NUM_STEPS, {})
 
 
+@pytest.fixture(scope="module")
+def sharpening_in(config_in):
+    """Small tiles, then larger ones: in bfloat16, by microbatches, to an average of its steps."""
+
+    def sharpening_in(directory: Path) -> TrainConfig:
+        whole = config_in(directory)
+        look = dataclasses.replace(whole.stages[1], average="ema", ema_decay=0.5)
+        sharp = dataclasses.replace(
+            look,
+            name="sharp",
+            image_size=42,
+            accumulate=2,
+            z_loss=1e-3,
+            average="polyak",
+            average_from=0.3,
+            average_every=2,
+            optimizer=OptimizerConfig(peak_lr=1e-2, kind="adafactor", momentum="bfloat16"),
+        )
+        return dataclasses.replace(whole, stages=(look, sharp), params="bfloat16")
+
+    return sharpening_in
+
+
+@pytest.fixture(scope="module")
+def sharpened(trainer, sharpening_in, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharpened")
+    trainer.run(sharpening_in(folder / "run"), folder / "log")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_killed_chain_of_image_sizes_ends_with_the_same_bits(
+    trainer, sharpening_in, sharpened, tmp_path
+):
+    config, log = sharpening_in(tmp_path / "run"), tmp_path / "log"
+    told = len(trainer.errors.read_text())
+    kill_at(trainer, config, log, ("look", 3), saved_step=2, stage=0)
+    kill_at(trainer, config, log, ("sharp", 5), saved_step=4)
+    trainer.run(config, log)
+    assert_same(read(log), read(sharpened / "log"))
+    assert "another config" not in trainer.errors.read_text()[told:]
+
+
+@pytest.mark.slow
+def test_checkpoints_tell_the_image_size_and_hold_the_average(sharpening_in, sharpened):
+    run = sharpened / "run"
+    config, told = sharpening_in(run), read(sharpened / "log").leaves
+    for number, stage in enumerate(config.stages):
+        folder = loop.stage_directory(config, number)
+        assert api.load(folder).config == config.model_of(number)
+        assert verify(folder) == []
+        averages = {name for of, name in told if of == stage.name and name.startswith("average")}
+        assert averages
+        for name in averages:
+            result = "params" + name.removeprefix("average")
+            assert told[stage.name, result] == told[stage.name, name]
+    assert api.load(run).config.vision.image_size == 42
+
+
+@pytest.mark.slow
+def test_a_chain_of_image_sizes_converts(sharpened, tmp_path):
+    model = api.load(sharpened / "run")
+    save(model, tmp_path / "hf", to="hf")
+    assert api.load(tmp_path / "hf").config.vision.image_size == 42
+
+
 def test_a_finished_run_is_left_as_it_is(trainer, config_in, whole_folder, whole, tmp_path):
     shutil.copytree(whole_folder / "run", tmp_path / "run")
     trainer.run(config_in(tmp_path / "run"), tmp_path / "log")
@@ -285,7 +353,7 @@ def test_a_signal_at_any_moment_of_a_step_finds_the_step_saved(config_in, tmp_pa
     state = TrainState(jnp.int32(0), {"weight": jnp.zeros(2)}, (), jnp.zeros(2, jnp.uint32))
     monkeypatch.setattr(loop, "_stop_requested", lambda: nullcontext(lambda: next(answers)))
     monkeypatch.setattr(loop, "_init_or_restore", lambda *_: state)
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: step)
     config = config_in(tmp_path / "run")
     with pytest.raises(loop.Interrupted) as interrupted:
         loop.train(config, Tokenizer.bytes_only(), None, single_device_mesh())

@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from l32jax.sharding import single_device_mesh
 from l32jax.train.objectives import next_token
 from l32jax.train.step import init_state, make_train_step
 from tests.train_tests.small import MODEL, rows, stage
+from tests.train_tests.traces import equations
 
 NUM_STEPS = 6
 PARTS = ("language_model", "vision_tower", "adapter")
@@ -111,13 +111,6 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
 
     assert products(("language_model",)) == 3
     assert products(("vision_tower", "adapter")) == 0
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def test_training_the_adapter_does_not_change_what_text_scores(adapter):

@@ -19,10 +19,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l32jax.config import TrainConfig
 from l32jax.config_text import from_json
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import flatten
+from l32jax.run_config import TrainConfig
 from l32jax.sharding import single_device_mesh
 from l32jax.train import loop
 
@@ -44,8 +44,8 @@ def run(config: TrainConfig, log: Path, hold: list | None) -> None:
         with log.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def witnessed_step(model, stage, objective):
-        step = make_train_step(model, stage, objective)
+    def witnessed_step(model, stage, objective, **options):
+        step = make_train_step(model, stage, objective, **options)
 
         def stepping(state, batch, rate):
             place = [stage.name, int(state.step)]
@@ -60,7 +60,7 @@ def run(config: TrainConfig, log: Path, hold: list | None) -> None:
     def witnessed_stage(config, number, stage, *rest):
         state = run_stage(config, number, stage, *rest)
         for name, leaf in flatten(state._asdict()).items():
-            tell({"leaf": [stage.name, name], "sha256": digest({name: leaf})})
+            tell({"leaf": [stage.name, name], "sha256": digest({"": leaf})})
         return state
 
     loop.make_train_step, loop.run_stage = witnessed_step, witnessed_stage

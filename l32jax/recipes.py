@@ -1,0 +1,130 @@
+"""The stages in which the family was pretrained, with the numbers that are published.
+
+Sources: "The Llama 3 Herd of Models", sections 3.4 (text) and 7.2 to 7.4 (vision). What the paper
+leaves open is said to be ours. Each function gives a `StageConfig`; `dataclasses.replace` makes
+another of it. A config in configs/ is a chain of them, and one resumable run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from l32jax.config import Part
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig
+
+SEEING: tuple[Part, ...] = ("vision_tower", "adapter")  # the language model is frozen
+
+# Six stages from 8K to 128K; which lengths lie between is ours.
+LONG_LENGTHS = (16_384, 32_768, 49_152, 65_536, 98_304, 131_072)
+
+
+def vision_stage1(data: DataConfig, *, num_steps: int, peak_lr: float = 1e-3) -> StageConfig:
+    """Image-text pairs, 16,384 images a step, against the frozen language model.
+
+    Published: the rate as printed ("10 x 10^-4"), its cosine, weight decay 0.01. Ours: the end of
+    the cosine at a tenth, and the warm-up.
+    """
+    return StageConfig(
+        name="vision_stage1",
+        num_steps=num_steps,
+        trains=SEEING,
+        data=data,
+        optimizer=OptimizerConfig(
+            peak_lr=peak_lr,
+            final_lr=peak_lr / 10,
+            warmup_steps=max(num_steps // 100, 1),
+            schedule="cosine",
+            weight_decay=0.01,
+        ),
+    )
+
+
+def vision_stage2_anneal(
+    data: DataConfig, *, num_steps: int, image_size: int = 560, peak_lr: float = 2e-5
+) -> StageConfig:
+    """Better data at a higher resolution, annealed.
+
+    Published: the resolution rises, a fresh warm-up to 2e-5. Ours: the rate then falls to zero in a
+    line and checkpoints are averaged, as the paper anneals text (the paper's vision stage 2 has a
+    cosine).
+    """
+    return StageConfig(
+        name="vision_stage2_anneal",
+        num_steps=num_steps,
+        trains=SEEING,
+        data=data,
+        optimizer=OptimizerConfig(
+            peak_lr=peak_lr,
+            final_lr=0.0,
+            warmup_steps=max(num_steps // 50, 1),
+            schedule="linear",
+            weight_decay=0.01,
+        ),
+        image_size=image_size,
+        average="polyak",
+        average_every=max(num_steps // 50, 1),
+    )
+
+
+def text_pretrain(
+    data: DataConfig, *, num_steps: int, peak_lr: float, warmup_steps: int = 8000
+) -> StageConfig:
+    """Published: AdamW, the warm-up, the cosine to a hundredth of the peak (405B); decay 0.1."""
+    return StageConfig(
+        name="text_pretrain",
+        num_steps=num_steps,
+        trains=("language_model",),
+        data=data,
+        optimizer=OptimizerConfig(
+            peak_lr=peak_lr,
+            final_lr=peak_lr / 100,
+            warmup_steps=warmup_steps,
+            schedule="cosine",
+            weight_decay=0.1,
+        ),
+    )
+
+
+def long_context(
+    data: DataConfig,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    lengths: Sequence[int] = LONG_LENGTHS,
+) -> tuple[StageConfig, ...]:
+    """Rows grow from stage to stage at the rate where pretraining ended; a step has as many tokens.
+
+    Published: six stages, 800B tokens together; one goes on when short-context results are back and
+    a needle is found at its length. `num_steps` are those of each.
+    """
+    tokens = data.length * data.batch_size
+    return tuple(
+        StageConfig(
+            name=f"long_context_{length}",
+            num_steps=num_steps,
+            trains=("language_model",),
+            data=replace(data, length=length, batch_size=max(tokens // length, 1)),
+            optimizer=OptimizerConfig(
+                peak_lr=learning_rate,
+                final_lr=learning_rate,
+                schedule="constant",
+                weight_decay=0.1,
+            ),
+        )
+        for length in lengths
+    )
+
+
+def text_anneal(data: DataConfig, *, num_steps: int, peak_lr: float) -> StageConfig:
+    """Published: a line to zero over the last 40M tokens at full length; checkpoints averaged."""
+    return StageConfig(
+        name="text_anneal",
+        num_steps=num_steps,
+        trains=("language_model",),
+        data=data,
+        optimizer=OptimizerConfig(
+            peak_lr=peak_lr, final_lr=0.0, schedule="linear", weight_decay=0.1
+        ),
+        average="polyak",
+        average_from=0.0,
+        average_every=1,
+    )

@@ -1,0 +1,221 @@
+"""Features computed once: the same training, whatever stopped them on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from l32jax.config import MeshConfig
+from l32jax.data import batches as data_batches
+from l32jax.data.batches import place
+from l32jax.data.feature_parts import Part
+from l32jax.data.features import Features
+from l32jax.data.packing import RowShape
+from l32jax.data.rows import VisionShape
+from l32jax.data.sources.open import open_source
+from l32jax.data.streams import Rows
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.errors import InputError
+from l32jax.model.llama import abstract_params, bind
+from l32jax.model.parameters import combine, flatten, on_mesh, partition, trains
+from l32jax.sharding import make_mesh, single_device_mesh
+from l32jax.train import features as computing
+from l32jax.train import loop
+from l32jax.train.features import compute_features, encoder_digest
+from l32jax.train.objectives import next_token
+from tests.train_tests import cached_stage
+from tests.train_tests.small import MODEL
+
+TOKENIZER = Tokenizer.bytes_only()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    return cached_stage.write_documents(tmp_path_factory.mktemp("documents"))
+
+
+def compute(source: str, folder: Path, mesh=None, check_stop=lambda: None, params=None) -> None:
+    config, mesh = cached_stage.config(source, str(folder)), mesh or single_device_mesh()
+    with jax.set_mesh(mesh):
+        params = params or cached_stage.params()
+        compute_features(config, config.stages[0], TOKENIZER, params, mesh, check_stop=check_stop)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("features") / "whole"
+    compute(source, folder)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def batches_of(source: str, features: Features | None, count: int) -> list[dict]:
+    data = cached_stage.config(source, None).stages[0].data
+    vision = VisionShape.of(
+        MODEL, max_images=data.max_images, max_tiles=data.max_tiles, slots=data.vision_tiles
+    )
+    rows = Rows(shape=RowShape(length=data.length, vision=vision), open_rows=3, features=features)
+    opened = open_source(source, TOKENIZER, with_images=True)
+    made = data_batches.make_batches(
+        [opened], [1.0], rows, batch_size=data.batch_size, seed=0, max_bad=data.max_bad
+    )
+    try:
+        found = [next(made) for _ in range(count)]
+        assert made.bad > 0, "broken pictures are skipped in both ways"
+        return found
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_losses_and_gradients_are_those_of_encoding_in_every_step(devices, source, tmp_path):
+    mesh = single_device_mesh() if devices == 1 else make_mesh(MeshConfig(data=2, fsdp=4))
+    compute(source, tmp_path / "kept", mesh)
+    with jax.set_mesh(mesh):
+        trainable, frozen = partition(cached_stage.params(), trains(("adapter",), MODEL))
+
+        @jax.jit
+        def gradient(batch):
+            def loss(trainable):
+                model = bind(MODEL, combine(trainable, frozen))
+                return next_token(model, batch, jax.random.key(0), dtype=np.float32)
+
+            return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+        pairs = zip(
+            *(batches_of(source, each, 3) for each in (None, Features(tmp_path / "kept"))),
+            strict=True,
+        )
+        text_alone = 0
+        for plain, kept in pairs:
+            images = (plain["aspect"].prod(axis=-1) > 0).sum(axis=1)
+            assert images.max() > 1, "packed rows"
+            text_alone += np.sum((plain["vision_stop"] == 0) & (plain["weights"] > 0))
+            (loss, sums), grads = gradient(place(plain, mesh))
+            (same, same_sums), same_grads = gradient(place(kept, mesh))
+            weight = float(sums["weight"])
+            assert weight == same_sums["weight"] > 0
+            np.testing.assert_allclose(same / weight, loss / weight, atol=1e-5, rtol=0)
+            wanted = flatten(grads)
+            for path, leaf in flatten(same_grads).items():
+                np.testing.assert_allclose(
+                    leaf / weight, wanted[path] / weight, atol=1e-5, rtol=0, err_msg=path
+                )
+            gates = [leaf for path, leaf in wanted.items() if path.endswith("gate")]
+            assert all(np.abs(leaf).min() > 0 for leaf in gates)
+        assert text_alone > 0
+
+
+def test_killed_while_computing_and_resumed_is_byte_for_byte_the_same(source, whole, tmp_path):
+    """While images are listed, and between a unit's tiles and the mark that it is done."""
+    folder = tmp_path / "killed"
+    for lives in (1, 2):
+        command = [sys.executable, "-m", "tests.train_tests.features_child"]
+        child = subprocess.run(
+            [*command, source, str(folder), str(lives)],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert child.returncode == -signal.SIGKILL, child.stderr[-3000:]
+        assert content(folder) != content(whole)
+    (part,) = folder.glob("part-*")
+    tiles, units = ({path.name for path in (part / each).iterdir()} for each in ("tiles", "units"))
+    assert "c.1.0.0.0" in tiles and "00000001.json" not in units
+    compute(source, folder)
+    assert content(folder) == content(whole)
+
+
+def test_stopped_after_a_unit_it_goes_on_with_the_next(source, whole, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop():
+        if list(tmp_path.glob("kept/part-*/images.npy")):
+            raise Stop
+
+    with pytest.raises(Stop):
+        compute(source, tmp_path / "kept", check_stop=stop)
+    (units,) = tmp_path.glob("kept/part-*/units")
+    assert len(list(units.iterdir())) == 1
+    compute(source, tmp_path / "kept")
+    assert content(tmp_path / "kept") == content(whole)
+
+
+def test_what_is_there_is_not_computed_again(source, whole, tmp_path, monkeypatch):
+    """Neither at a second start, nor for another source with some of the images."""
+    folder = shutil.copytree(whole, tmp_path / "kept")
+    monkeypatch.setattr(computing, "list_images", None)
+    compute(source, folder)
+    assert content(folder) == content(whole)
+    monkeypatch.undo()
+    lines = Path(source).read_text().splitlines()
+    other = Path(source).with_name("others.jsonl")
+    other.write_text("\n".join(lines[:30]) + "\n")
+    compute(str(other), folder)
+    stored = [each.relative_to(folder) for each in folder.glob("part-*/tiles/c.*")]
+    added = [each for each in stored if not (whole / each).exists()]
+    assert added == []
+    kind = Features(folder).kind
+    assert all(Part(each, kind).done.all() for each in folder.glob("part-*"))
+
+
+def test_another_encoder_is_refused_and_another_adapter_is_not(source, whole):
+    with jax.set_mesh(single_device_mesh()):
+        params, other = cached_stage.params(), cached_stage.params(seed=2)
+        digest = encoder_digest(MODEL, params)
+        assert digest != encoder_digest(MODEL, other)
+        assert digest == encoder_digest(MODEL, other | {"vision": params["vision"]})
+    with pytest.raises(InputError, match="they are of encoder=[0-9a-f]{12} instead of"):
+        compute(source, whole, params=other)
+
+
+def test_the_digest_does_not_depend_on_the_mesh():
+    with jax.set_mesh(single_device_mesh()):
+        params = cached_stage.params()
+        digest = encoder_digest(MODEL, params)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        abstract = on_mesh(abstract_params(MODEL), mesh)
+        spread = jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract
+        )
+        assert encoder_digest(MODEL, spread) == digest
+
+
+def test_sizes_are_told_and_a_disk_without_room_is_refused(source, tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "free")(1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="and 1 kB are free") as error:
+        compute(source, tmp_path / "kept")
+    assert "\n" not in str(error.value)
+    assert "vision features of 40 images, 116 tiles: 148 kB, 3.71 kB an image" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("kept/part-*/tiles/*"))
+
+
+def losses(config) -> list[float]:
+    loop.train(config, TOKENIZER, None, single_device_mesh())
+    lines = (Path(config.directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_a_run_with_features_learns_what_one_without_does(source, tmp_path):
+    plain = losses(cached_stage.config(source, None, str(tmp_path / "plain")))
+    kept = str(tmp_path / "features")
+    found = losses(cached_stage.config(source, kept, str(tmp_path / "kept")))
+    np.testing.assert_allclose(found, plain, atol=1e-5, rtol=0)
