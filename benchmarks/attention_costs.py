@@ -16,7 +16,7 @@ import kernel_cycles
 import numpy as np
 from kernel_cycles import CHIPS, Kernel, Program, compile_for, on_chip
 
-from l32jax.data.samples import vision_intervals
+from l32jax.data.rows import vision_intervals
 from l32jax.kernels.tpu import schedule as words_of
 from l32jax.kernels.tpu.backward import backward
 from l32jax.kernels.tpu.forward import forward

@@ -12,7 +12,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 
-from l32jax.data.samples import vision_intervals
+from l32jax.data.rows import vision_intervals
 from l32jax.kernels.context import balanced_order
 from l32jax.kernels.intervals import active, hulls, whole
 from l32jax.kernels.tpu.schedule import (

@@ -33,7 +33,18 @@ VERBS = {
     "generate": Verb("ask:generate", "Answers one prompt, word by word as the words come."),
     "chat": Verb("ask:chat", "Talks with a model, turn by turn."),
     "train": Verb("runs:train", "Trains what a config file describes, or goes on with it."),
+    "runs": Verb(
+        "runs:list_runs",
+        "Lists the runs below a folder: how far they are, how they do, and whether they are alive.",
+    ),
     "convert": Verb("convert:convert", "Converts a checkpoint into another format."),
+    "data prepare": Verb(
+        "data:prepare",
+        "Makes a folder of shuffled samples, ready to be trained on, from files of records.",
+    ),
+    "data inspect": Verb(
+        "data:inspect", "Shows rows of a stage as its training will see them, on one sheet."
+    ),
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every byte of a checkpoint by its digests."),
 }

@@ -12,8 +12,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each floor imports only from those below it, and from itself. Floors beside each other are
 # strangers.
 FLOORS = [
-    {"errors", "config", "config_text"},
-    {"presets"},
+    {"errors", "config", "config_text", "run_config"},
+    {"presets", "recipes"},
     {"sharding"},
     {"kernels"},
     {"model"},
@@ -29,7 +29,9 @@ NARROW = {  # fewer than their floor would allow
     "errors": set(),
     "config": {"errors"},
     "config_text": {"errors"},
-    "data": {"errors", "config", "config_text", "sharding", "kernels"},
+    "run_config": {"errors", "config"},
+    "recipes": {"config", "run_config"},
+    "data": {"errors", "config", "config_text", "run_config", "sharding", "kernels"},
     "checkpoint": {"errors", "config", "config_text", "sharding", "model"},
 }
 NNX = {

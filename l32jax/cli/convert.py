@@ -1,10 +1,7 @@
 """The verb that converts checkpoints."""
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +18,7 @@ from rich.progress import (
 from tyro.conf import arg
 
 from l32jax.cli import INTERRUPTED
+from l32jax.cli.stopping import stoppable
 
 Source = Annotated[str, arg(metavar="SRC")]
 Destination = Annotated[str, arg(metavar="DST")]
@@ -79,7 +77,7 @@ def convert(
     from l32jax.conversion.convert import convert as run
 
     try:
-        with _stoppable(), _Bar() as bar:
+        with stoppable(), _Bar() as bar:
             notes = run(
                 source,
                 destination,
@@ -113,20 +111,6 @@ def convert(
         print(f"l32jax: {note}", file=sys.stderr)
     print(f"{destination} is written.")
     return 0
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the conversion as Ctrl-C does."""
-
-    def stop(*_) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Bar:

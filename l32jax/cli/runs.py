@@ -1,4 +1,4 @@
-"""The verbs about runs: train one, look at its config, verify what it saved.
+"""The verbs about runs: train one, list them, look at a config, verify what was saved.
 
 Only training imports jax.
 """
@@ -13,10 +13,11 @@ from tyro.conf import arg
 
 from l32jax.checkpoint import steps
 from l32jax.checkpoint.engine import manifest
-from l32jax.cli import INTERRUPTED
-from l32jax.config import TrainConfig
+from l32jax.cli import INTERRUPTED, listing
 from l32jax.config_text import override, to_json
 from l32jax.errors import InputError
+from l32jax.run_config import TrainConfig
+from l32jax.train.run_folder import METRICS, find, see
 
 File = Annotated[Path, arg(metavar="CONFIG.py")]
 Overrides = Annotated[tuple[str, ...], arg(metavar="[FIELD=VALUE ...]", help_behavior_hint="")]
@@ -67,6 +68,33 @@ def quickstart(*, directory: Path = Path("runs/quickstart"), seed: int = 0) -> i
     return _interruptible(run)
 
 
+def list_runs(
+    directory: Annotated[Path, arg(metavar="DIR")] = Path("runs"), /, *, json: bool = False
+) -> int:
+    """Lists the runs below a folder: how far they are, how they do, and whether they are alive.
+
+    The status is running, finished, stopped (it was asked to, and has saved) or crashed. Goodput is
+    the share of the time since a run began in which it learned.
+
+    Examples:
+      l32jax runs
+      l32jax runs /data/experiments --json
+
+    Args:
+      directory: where to look, to a depth of four.
+      json: as a JSON object a line.
+    """
+    if not directory.is_dir():
+        raise InputError(f"runs in {str(directory)!r}: no such folder; give one with runs in it")
+    runs = [see(path) for path in find(directory)]
+    for run in runs:
+        if run.damaged:
+            lines = "a line is" if run.damaged == 1 else f"{run.damaged} lines are"
+            print(f"l32jax: {run.path / METRICS}: {lines} damaged and left out", file=sys.stderr)
+    listing.print_json(runs) if json else listing.print_table(runs, directory)
+    return 0
+
+
 def show_config(config: File, overrides: Overrides = (), /) -> int:
     """Prints the config that a run would have, as JSON.
 
@@ -110,7 +138,7 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     """What `config()` of a Python file returns, with fields changed. The file is executed."""
     if not path.is_file():
         raise InputError(f"config {str(path)!r}: no such file; give a Python file with config()")
-    config = _execute(path)
+    config = execute(path)
     if not isinstance(config, TrainConfig):
         raise InputError(f"config() in {path}: gives {type(config).__name__}, not a TrainConfig")
     for assignment in overrides:
@@ -118,7 +146,8 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     return config
 
 
-def _execute(path: Path) -> object:
+def execute(path: Path) -> object:
+    """What `config()` of a Python file returns, whatever it is."""
     spec = importlib.util.spec_from_file_location("l32jax_run_config", path)
     if spec is None or spec.loader is None:
         raise InputError(f"config {str(path)!r}: its name does not end with .py; rename it")

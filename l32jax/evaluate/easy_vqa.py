@@ -2,28 +2,17 @@
 
 from collections.abc import Sequence
 
-from rich.progress import track
-
 from l32jax.data.easy_vqa import EasyVqa, final_answer, questions
 from l32jax.data.images import ImageSource, load_image
+from l32jax.evaluate.asking import replies
 from l32jax.generate.model import Model
 
-ROWS = 128  # questions at a time
 REPLY = 12  # tokens at most: "brown rectangle, not yellow. yes" and the end
 
 
 def ask(model: Model, asked: Sequence[tuple[str, ImageSource | None]]) -> list[str]:
     """The greedy reply to each question about its picture, or about none."""
-    replies: list[str] = []
-    for first in track(range(0, len(asked), ROWS), "asking"):
-        part = list(asked[first : first + ROWS])
-        filled = part + part[-1:] * (ROWS - len(part))  # one shape, one compilation
-        replies += model.generate(
-            [text for text, _ in filled],
-            images=[[] if image is None else [image] for _, image in filled],
-            max_new_tokens=REPLY,
-        )[: len(part)]
-    return replies
+    return replies(model, asked, max_new_tokens=REPLY)
 
 
 def accuracy(model: Model) -> float:

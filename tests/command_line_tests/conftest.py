@@ -16,7 +16,7 @@ from tests.checkpoint_tests.weights import export_hugging_face
 from tests.conftest import CACHE
 
 CONFIG = """
-from l32jax.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.presets import TINY_TEXT
 
 def config():

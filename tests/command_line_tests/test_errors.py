@@ -126,7 +126,8 @@ def test_a_wrong_line_of_data_is_named(run_folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"l32jax: error: line \d+ of talk.jsonl: not a .*\n", done.stderr)
+    told = r"l32jax: error: 1000 unusable .* talk.jsonl line \d+: 'messages' is not .*\n"
+    assert re.fullmatch(told, done.stderr)
 
 
 def test_missing_data_is_named(complaint, run_folder):

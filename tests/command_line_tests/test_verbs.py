@@ -14,10 +14,10 @@ from l32jax import api
 from l32jax.__main__ import VERBS, main
 from l32jax.cli.models import size
 from l32jax.cli.terminal import tell
-from l32jax.config import TrainConfig
 from l32jax.config_text import from_json
 from l32jax.data.chat import Message
 from l32jax.presets import PRESETS
+from l32jax.run_config import TrainConfig
 from l32jax.train.loop import Interrupted
 
 ROOT = Path(__file__).parents[2]

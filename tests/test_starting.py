@@ -1,0 +1,128 @@
+"""Where a run begins: at its own model's weights, or at the text model that it is built on."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from l32jax import api
+from l32jax.config import LlamaConfig
+from l32jax.conversion.convert import save
+from l32jax.errors import InputError
+from l32jax.model.llama import init_params
+from l32jax.model.parameters import flatten, part_of
+from l32jax.presets import TINY_TEXT, TINY_VISION, with_vision
+from l32jax.run_config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.sharding import make_mesh, single_device_mesh
+
+assert TINY_VISION.vision is not None
+MODEL = with_vision(TINY_TEXT, TINY_VISION.vision, every=2)
+
+
+def run_config(directory, start_from, model: LlamaConfig = MODEL, **changes) -> TrainConfig:
+    captions = DataConfig(
+        mixture=(("easy-vqa/train/captions", 1.0),), batch_size=4, length=64, max_images=2
+    )
+    stage = StageConfig(
+        name="seeing",
+        num_steps=2,
+        trains=("vision_tower", "adapter"),
+        data=captions,
+        optimizer=OptimizerConfig(peak_lr=1e-2, gate_rate=10.0),
+    )
+    config = TrainConfig(
+        model=model,
+        stages=(stage,),
+        directory=str(directory),
+        start_from=str(start_from),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text model's folder, and the model."""
+    folder = tmp_path_factory.mktemp("text") / "model"
+    model = api.load("tiny-text", seed=3)
+    save(model, folder, to="hf")
+    return folder, model
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(api, "make_mesh", lambda _: single_device_mesh())
+
+
+def beginning(config: TrainConfig, mesh: Mesh | None = None) -> api.Model:
+    return api._beginning(config, mesh or single_device_mesh())
+
+
+def test_a_vision_run_keeps_the_text_of_the_model_it_starts_from(text, tmp_path):
+    folder, model = text
+    trained = api.run(run_config(tmp_path / "run", folder))
+    tokens, _ = model.encode("what color is the shape?")
+    again = api.load(tmp_path / "run")
+    for seeing in (trained, again):
+        np.testing.assert_array_equal(seeing.logits(tokens), model.logits(tokens))
+    gates = [leaf for path, leaf in flatten(again.params).items() if path.endswith("_gate")]
+    assert all(np.any(gate) for gate in gates if gate.ndim)
+
+
+def test_what_the_text_model_lacks_is_born_by_the_seed(text, tmp_path):
+    folder, _ = text
+    begun = beginning(run_config(tmp_path, folder, seed=5))
+    with jax.set_mesh(single_device_mesh()):
+        fresh = flatten(jax.jit(partial(init_params, MODEL))(jax.random.key(5)))
+    ours = flatten(begun.params)
+    assert ours.keys() == fresh.keys()
+    for path, leaf in ours.items():
+        if part_of(path, MODEL) != "language_model":
+            np.testing.assert_array_equal(leaf, fresh[path], path)
+
+
+@pytest.mark.parametrize("start", ["tiny-text", "folder"])
+def test_each_layer_of_the_text_model_has_its_place(start, text, tmp_path):
+    folder, model = text
+    config = run_config(tmp_path, folder if start == "folder" else start, seed=3)
+    blocks = beginning(config).params["decoder"]["groups"]["blocks"]
+    theirs = model.params["decoder"]["groups"]["blocks"][0]
+    for layer in range(4):
+        group, nth = divmod(layer, 2)
+        slot = (0, 2)[nth]  # of ("self", "cross", "self")
+        ours = jax.tree.map(lambda leaf, at=group: np.asarray(leaf[at]), blocks[slot])
+        layers = jax.tree.map(lambda leaf, at=layer: np.asarray(leaf[at]), theirs)
+        jax.tree.map(np.testing.assert_array_equal, ours, layers)
+
+
+def test_a_graft_on_a_mesh_is_born_there_and_the_same(text, tmp_path):
+    folder, _ = text
+    config = run_config(tmp_path, folder)
+    spread = beginning(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    alone = flatten(beginning(config).params)
+    sharded = 0
+    for path, leaf in flatten(spread.params).items():
+        np.testing.assert_array_equal(leaf, alone[path], path)
+        assert len(leaf.sharding.device_set) == 8, path
+        sharded += not leaf.sharding.is_fully_replicated
+    assert sharded > len(alone) / 2
+
+
+def test_a_run_that_has_begun_reads_no_weights_again(text, tmp_path, monkeypatch):
+    folder, _ = text
+    config = run_config(tmp_path / "run", folder)
+    done = api.run(config)
+    monkeypatch.setattr(api, "load_slices", None)
+    again = api.run(config)
+    for path, leaf in flatten(again.params).items():
+        np.testing.assert_array_equal(leaf, flatten(done.params)[path], path)
+
+
+def test_another_models_weights_are_refused(text, tmp_path):
+    folder, _ = text
+    narrow = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, mlp_dim=96))
+    for start, model in ((folder, narrow), ("tiny-vision", MODEL), ("tiny-vision", TINY_TEXT)):
+        with pytest.raises(InputError, match="neither the model of the config nor the text model"):
+            beginning(run_config(tmp_path, start, model))
