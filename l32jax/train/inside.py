@@ -90,7 +90,7 @@ def make_probe(config: TrainConfig, mesh: Mesh) -> Probe:
     @jax.jit
     def run(params: Params, batch: Batch, looked: Array, asked: Array):
         model = bind(config.model, params)
-        if "tiles" in batch:
+        if "aspect" in batch:
             looks, states = look(model, batch, looked, **options)
         else:
             looks, states = None, forward_batch(model, batch, **options).states

@@ -47,7 +47,7 @@ class Speed:
         if not self._steps or not self._seconds:
             return {}
         seconds, counts = self._seconds, self._counts
-        flops = total(step_flops(self._model, self._stage.trains, counts).values())
+        flops = stage_flops(self._model, self._stage, counts)
         per_device = seconds * self._num_devices
         p50, p95 = np.percentile(self._recent, (50, 95))
         found = {
@@ -76,4 +76,12 @@ def full_step(model: LlamaConfig, stage: StageConfig) -> int:
     data = stage.data
     slots, images = data.batch_size * data.length, data.batch_size * data.max_images
     counts = Counts(slots=slots, image_slots=images, tile_slots=images * data.max_tiles)
-    return total(step_flops(model, stage.trains, counts).values()).done
+    return stage_flops(model, stage, counts).done
+
+
+def stage_flops(model: LlamaConfig, stage: StageConfig, counts: Counts) -> Flops:
+    """Of steps over what was counted; features that are kept are not computed in them."""
+    found = step_flops(model, stage.trains, counts)
+    if stage.data.features is not None:
+        found.pop("vision_tower", None)
+    return total(found.values())

@@ -1,6 +1,7 @@
-"""Computes features and kills itself: `python -m tests.train_tests.features_child JSONL FOLDER N`.
+"""Computes features: `python -m tests.train_tests.features_child JSONL FOLDER N [PORT PROCESS]`.
 
-N is how many files of JSON it finishes; it dies at the next, of which the content is written.
+N is how many files of JSON it finishes before it kills itself, in the middle of the next. With a
+port it is one of two processes.
 """
 
 import os
@@ -10,18 +11,22 @@ from pathlib import Path
 
 import jax
 
+from l32jax.config import MeshConfig
 from l32jax.data import feature_parts, features
 from l32jax.data.tokenizer import Tokenizer
-from l32jax.sharding import single_device_mesh
+from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.features import compute_features
 from tests.train_tests import cached_stage
 
 CACHE = Path(__file__).parents[2] / ".jax_cache"
 
 
-def main(source: str, folder: str, lives: str) -> None:
+def main(source: str, folder: str, lives: str, port: str = "", process: str = "") -> None:
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if port:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
     write, left = feature_parts.write_json, [None] * int(lives)
 
     def write_or_die(path: Path, content: dict) -> None:
@@ -32,9 +37,10 @@ def main(source: str, folder: str, lives: str) -> None:
         write(path, content)
 
     feature_parts.write_json = features.write_json = write_or_die
-    config, mesh = cached_stage.config(source, folder), single_device_mesh()
+    config = cached_stage.config(source, folder)
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1)) if port else single_device_mesh()
     with jax.set_mesh(mesh):
-        params = cached_stage.params()
+        params = jax.jit(cached_stage.params)() if port else cached_stage.params()
         compute_features(
             config, config.stages[0], Tokenizer.bytes_only(), params, mesh, check_stop=lambda: None
         )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -79,6 +80,18 @@ def batches_of(source: str, features: Features | None, count: int) -> list[dict]
         made.close()
 
 
+def start_child(source: str, folder: Path, *arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.train_tests.features_child", source, folder]
+    return subprocess.Popen(
+        [*map(str, (*command, *arguments))],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_those_of_encoding_in_every_step(devices, source, tmp_path):
     mesh = single_device_mesh() if devices == 1 else make_mesh(MeshConfig(data=2, fsdp=4))
@@ -122,21 +135,35 @@ def test_killed_while_computing_and_resumed_is_byte_for_byte_the_same(source, wh
     """While images are listed, and between a unit's tiles and the mark that it is done."""
     folder = tmp_path / "killed"
     for lives in (1, 2):
-        command = [sys.executable, "-m", "tests.train_tests.features_child"]
-        child = subprocess.run(
-            [*command, source, str(folder), str(lives)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == -signal.SIGKILL, child.stderr[-3000:]
+        child = start_child(source, folder, lives)
+        _, errors = child.communicate()
+        assert child.returncode == -signal.SIGKILL, errors[-3000:]
         assert content(folder) != content(whole)
     (part,) = folder.glob("part-*")
     tiles, units = ({path.name for path in (part / each).iterdir()} for each in ("tiles", "units"))
     assert "c.1.0.0.0" in tiles and "00000001.json" not in units
     compute(source, folder)
     assert content(folder) == content(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(source, whole, tmp_path):
+    """Each writes units of its own, and nothing else differs but the last bits of features."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start_child(source, tmp_path / "kept", 99, port, each) for each in (0, 1)]
+    for child in children:
+        _, errors = child.communicate()
+        assert child.returncode == 0, errors[-3000:]
+    mine, theirs = content(tmp_path / "kept"), content(whole)
+    assert mine.keys() == theirs.keys()
+    listed = {name for name in mine if not name.startswith("features.json") and "/c." not in name}
+    assert all(mine[name] == theirs[name] for name in listed)
+    paths = list(Path(source).parent.glob("1*.png"))
+    features = [Features(each) for each in (tmp_path / "kept", whole)]
+    read = [each.read([each.find(path) for path in paths], 4 * len(paths)) for each in features]
+    np.testing.assert_allclose(*read, atol=1e-5)
 
 
 def test_stopped_after_a_unit_it_goes_on_with_the_next(source, whole, tmp_path):
@@ -214,8 +241,16 @@ def losses(config) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_a_run_with_features_learns_what_one_without_does(source, tmp_path):
+def test_a_run_with_features_learns_what_one_without_does(source, tmp_path, monkeypatch):
+    given = []
+
+    def witnessed(batch, mesh):
+        given.append({"tiles", "features"} & batch.keys())
+        return place(batch, mesh)
+
+    monkeypatch.setattr(loop, "place", witnessed)
     plain = losses(cached_stage.config(source, None, str(tmp_path / "plain")))
     kept = str(tmp_path / "features")
     found = losses(cached_stage.config(source, kept, str(tmp_path / "kept")))
+    assert given == [{"tiles"}] * 4 + [{"features"}] * 4
     np.testing.assert_allclose(found, plain, atol=1e-5, rtol=0)

@@ -27,9 +27,9 @@ def look(
     """The first row of each of the first `count` batches of a stage that has this seed.
 
     One stream of rows alone is read for that, whatever the size of batches. Any share of bad
-    records is put up with, to be looked at.
+    records is put up with, to be looked at. Pictures are shown whether their features are used.
     """
-    patient = dataclasses.replace(data, workers=0, max_bad=1.0)
+    patient = dataclasses.replace(data, workers=0, max_bad=1.0, features=None)
     place = {"process_index": 0, "process_count": data.batch_size}
     opened = open_batches(patient, model, tokenizer, seed=seed, **place)
     with closing(opened), _told() as messages:

@@ -2,6 +2,7 @@
 
 from l32jax.config import LlamaConfig
 from l32jax.data.batches import Batches, make_batches
+from l32jax.data.features import Features
 from l32jax.data.packing import RowShape
 from l32jax.data.rows import VisionShape
 from l32jax.data.samples import mirror
@@ -40,6 +41,7 @@ def open_batches(
         packing=data.packing,
         open_rows=data.packing_rows,
         change=mirror if data.mirror_images else None,
+        features=None if data.features is None else Features(data.features),
     )
     names, weights = zip(*data.mixture, strict=True)
     return make_batches(
