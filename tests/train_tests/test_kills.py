@@ -135,7 +135,7 @@ class Run:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1])
 def test_losses_of_a_run_killed_ten_times_are_those_of_one_never_stopped(
     processes, source, tmp_path
 ):
