@@ -19,11 +19,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def reply(scene_description: str, question: Question) -> str:
-    """What is seen, what of it decides if that is not plain, and the answer: one ". " between each.
-
-    To name a bar again and go on with its number is a small step for a small model; to answer with
-    the number of a bar that was asked about some words ago is a large one.
-    """
+    """What is seen, what of it decides if that is not all, and the answer: ". " between each."""
     return ". ".join(filter(None, (scene_description, question.because, question.answer)))
 
 

@@ -177,11 +177,7 @@ def _numbers(
 
 
 def description(scene: Scene) -> str:
-    """Everything that is on the picture, "bars: 3 red, 7 blue"; every answer follows from it.
-
-    Numbers stand right before names, as the tokenizer puts a blank of its own before each number: a
-    small model finds what is next to a name much sooner than what is next but one.
-    """
+    """Everything that is on the picture, "bars: 3 red, 7 blue"; every answer follows from it."""
     if scene.picture == "sign":
         return f"{scene.plate} sign: {' '.join(scene.names)}"
     begin = f"{scene.picture} {scene.title}" if scene.title else scene.picture
