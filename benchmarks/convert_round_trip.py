@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.convert_large import convert, copy, digests, evict, make, show, size_of
+from benchmarks.tables import print_table
 
 NUM_PIECES = 128_000
 # Where each step begins and ends, and what must come out the same as an earlier one, if anything.
@@ -96,14 +97,6 @@ def remove_unneeded(home: Path, done: int) -> None:
     for path in home.iterdir():
         if path.is_dir() and path.name not in needed:
             shutil.rmtree(path)
-
-
-def print_table(rows: list[dict]) -> None:
-    names = list(rows[0])
-    cells = [names, *([str(row[name]) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def main() -> None:

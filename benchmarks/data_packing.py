@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.tables import print_table
 from l32jax.config import DecoderConfig, VisionConfig
 from l32jax.data.batches import place
 from l32jax.data.packing import RowShape, fit, pack
@@ -218,14 +219,6 @@ def measure_training(count: int, batch_size: int, steps: int) -> list[dict]:
         }
         for runner in runners
     ]
-
-
-def print_table(rows: list[dict]) -> None:
-    names = list(rows[0])
-    cells = [names, *([str(row[name]) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def main() -> None:

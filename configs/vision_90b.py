@@ -9,46 +9,13 @@ images a step where rows are full.
 """
 
 from l32jax.presets import LLAMA3_2_90B_VISION
-from l32jax.recipes import vision_stage1, vision_stage2_anneal
-from l32jax.run_config import DataConfig, TrainConfig
+from l32jax.recipes import vision_pretrain
+from l32jax.run_config import TrainConfig
 
 
 def config() -> TrainConfig:
-    pairs = DataConfig(
-        mixture=(("data/pairs", 1.0),),
-        batch_size=512,
-        length=2048,
-        max_images=32,
-        vision_tiles=96,
-        packing_rows=64,
-        workers=8,
-    )
-    better = DataConfig(
-        mixture=(
-            ("data/pairs_resampled", 0.70),
-            ("data/grounding", 0.06),
-            ("data/screenshots", 0.06),
-            ("data/questions", 0.06),
-            ("data/synthetic_captions", 0.06),
-            ("data/synthetic_structure", 0.06),
-        ),
-        batch_size=512,
-        length=4096,
-        max_images=32,
-        vision_tiles=96,
-        packing_rows=64,
-        workers=8,
-    )
-    return TrainConfig(
-        model=LLAMA3_2_90B_VISION,
-        stages=(
-            vision_stage1(pairs, num_steps=366_000),
-            vision_stage2_anneal(better, num_steps=30_500),
-        ),
-        directory="runs/vision_90b",
+    return vision_pretrain(
+        LLAMA3_2_90B_VISION,
         start_from="checkpoints/Llama-3.1-70B",
-        dtype="bfloat16",
-        params="bfloat16",
-        saved="attention",
-        save_every=1000,
+        directory="runs/vision_90b",
     )

@@ -1,15 +1,15 @@
 """The stages in which the family was pretrained, with the numbers that are published.
 
 Sources: "The Llama 3 Herd of Models", sections 3.4 (text) and 7.2 to 7.4 (vision). What the paper
-leaves open is said to be ours. Each function gives a `StageConfig`; `dataclasses.replace` makes
-another of it. A config in configs/ is a chain of them, and one resumable run.
+leaves open is said to be ours. Functions give stages, and `dataclasses.replace` makes
+others of them; a config in configs/ is a chain of them, and one resumable run.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from l32jax.config import Part
-from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig
+from l32jax.config import LlamaConfig, Part
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 
 SEEING: tuple[Part, ...] = ("vision_tower", "adapter")  # the language model is frozen
 
@@ -127,4 +127,50 @@ def text_anneal(data: DataConfig, *, num_steps: int, peak_lr: float) -> StageCon
         average="polyak",
         average_from=0.0,
         average_every=1,
+    )
+
+
+def vision_pretrain(model: LlamaConfig, *, start_from: str, directory: str) -> TrainConfig:
+    """Both vision stages at full size, on folders below data/ that `l32jax data prepare` made.
+
+    Published: 6 billion pairs, then 500 million better images, 350 of them resampled pairs and 150
+    from five sources; 16,384 images a step, where rows are full. Ours: the shapes of rows.
+    """
+    pairs = DataConfig(
+        mixture=(("data/pairs", 1.0),),
+        batch_size=512,
+        length=2048,
+        max_images=32,
+        vision_tiles=96,
+        packing_rows=64,
+        workers=8,
+    )
+    better = DataConfig(
+        mixture=(
+            ("data/pairs_resampled", 0.70),
+            ("data/grounding", 0.06),
+            ("data/screenshots", 0.06),
+            ("data/questions", 0.06),
+            ("data/synthetic_captions", 0.06),
+            ("data/synthetic_structure", 0.06),
+        ),
+        batch_size=512,
+        length=4096,
+        max_images=32,
+        vision_tiles=96,
+        packing_rows=64,
+        workers=8,
+    )
+    return TrainConfig(
+        model=model,
+        stages=(
+            vision_stage1(pairs, num_steps=366_000),
+            vision_stage2_anneal(better, num_steps=30_500),
+        ),
+        directory=directory,
+        start_from=start_from,
+        dtype="bfloat16",
+        params="bfloat16",
+        saved="attention",
+        save_every=1000,
     )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from l32jax.data.records import too_many_bad
 from l32jax.data.rows import FIELDS, Batch, stack
 from l32jax.data.streams import Row, Rows, Source, damaged_state, in_turn, make_streams
 from l32jax.errors import InputError
@@ -18,7 +19,6 @@ from l32jax.sharding import CONTEXT_AXIS, activation_spec
 
 logger = logging.getLogger(__name__)
 
-JUDGED_RECORDS = 1000  # of fewer records too, as many may be bad as of this many
 LOGGED_PLACES = 100
 
 
@@ -152,7 +152,7 @@ class Batches(Iterator[Batch]):
         for place, why in found.bad:
             self._log(place, why)
         total = self.used + self.bad
-        if found.bad and self.bad > self._max_bad * max(total, JUDGED_RECORDS):
+        if found.bad and too_many_bad(self.bad, total, self._max_bad):
             place, why = found.bad[-1]
             raise InputError(
                 f"{self.bad} of {total} records are unusable, the last {place}: {why}; mend the "
@@ -207,6 +207,12 @@ def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
         )
 
     return {name: put(name, local) for name, local in batch.items()}
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+    """Of an array whose rows are placed like those of a batch, those of this process, in order."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def _balanced(length: int, num_shards: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError, one_line
 
 MAX_IMAGES = 1000  # of one record
+JUDGED_RECORDS = 1000  # of fewer records too, as many may be bad as of this many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Bad:
 
     place: str
     why: str
+
+
+def too_many_bad(bad: int, seen: int, max_bad: float) -> bool:
+    """Whether more of the records are unusable than the share that may be."""
+    return bad > max_bad * max(seen, JUDGED_RECORDS)
 
 
 def to_sample(record: Record, tokenizer: Tokenizer, *, with_images: bool) -> Sample | Bad:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from l32jax.config import CLIP_MEAN, CLIP_STD, VisionConfig
+from l32jax.data.sheet.rows import canvas
 from l32jax.data.tokenizer import Tokenizer
 
 MAX_EXAMPLES = 4
@@ -111,10 +112,8 @@ def picture(example: Example, batch: Mapping[str, np.ndarray]) -> Image.Image | 
     if example.image is None or "tiles" not in batch:
         return None
     rows, columns = batch["aspect"][example.row, example.image].tolist()
-    tiles = _pixels(batch["tiles"][example.row, example.image, : rows * columns])
-    _, channels, height, width = tiles.shape
-    grid = tiles.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    image = Image.fromarray(grid.reshape(rows * height, columns * width, channels))
+    tiles = _pixels(batch["tiles"][example.row, example.image])
+    image = Image.fromarray(canvas(tiles, (rows, columns)))
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int, Shaped
 from l32jax.checkpoint.engine import locks
 from l32jax.config import LlamaConfig
 from l32jax.config_text import to_json
-from l32jax.data.batches import place
+from l32jax.data.batches import own_rows, place
 from l32jax.data.feature_parts import UNIT, Kind, Part, Unit
 from l32jax.data.features import Features, image_key, list_images, part_of, require_kind, write_kind
 from l32jax.data.images import Grid, load_image, preprocess
@@ -282,15 +282,9 @@ class Encoder:
             aspect[row, 0] = each.grid
         none = np.zeros((len(tiles), 0), np.int32)
         batch = place({"tiles": tiles, "aspect": aspect, "tile_index": none}, self._mesh)
-        features = _own_rows(self._encode(self._params, batch))
+        features = own_rows(self._encode(self._params, batch))
         counts = aspect[: len(good), 0].prod(axis=1)
         row = np.repeat(np.arange(len(good)), counts)
         tile = np.concatenate([none[0], *map(np.arange, counts)])
         bad = {n: each for n, each in images.items() if isinstance(each, str)}
         return Unit(np.array(list(good), np.int32)[row], tile, features[row, tile], (), bad)
-
-
-def _own_rows(array: Array) -> np.ndarray:
-    """Those that this process gave, in its order."""
-    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

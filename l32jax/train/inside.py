@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from l32jax.config import DecoderConfig, LlamaConfig
+from l32jax.data.batches import own_rows
 from l32jax.kernels.context import row_order
 from l32jax.model.inspect import Looks, likeliest, look
 from l32jax.model.llama import Batch, bind, forward_batch
@@ -100,7 +101,7 @@ def make_probe(config: TrainConfig, mesh: Mesh) -> Probe:
     def probe(params, batch, looked, asked):
         places = [_placed(each, batch["tokens"].shape[1], mesh) for each in (looked, asked)]
         looks, answers = run(params, batch, *places)
-        return Found(jax.device_get(looks), _own_rows(answers))
+        return Found(jax.device_get(looks), own_rows(answers))
 
     return probe
 
@@ -112,9 +113,3 @@ def _placed(places: np.ndarray, length: int, mesh: Mesh) -> Array:
         places = np.where(places >= 0, stored[places], -1)
     spec = PartitionSpec(*activation_spec("b"))
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), places)
-
-
-def _own_rows(array: Array) -> np.ndarray:
-    """The rows that this process gave, in its order."""
-    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

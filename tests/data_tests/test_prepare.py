@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from l32jax.data import records as records_module
 from l32jax.data.prepare import run
 from l32jax.data.prepare.config import Duplicates, PrepareConfig
 from l32jax.data.prepare.output import bounds, shuffled
@@ -70,7 +71,7 @@ def test_bad_records_are_listed_with_their_places(folder, tmp_path, caplog):
 def test_too_many_bad_records_end_it_and_it_goes_on_when_more_are_allowed(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run, "JUDGED_RECORDS", 10)
+    monkeypatch.setattr(records_module, "JUDGED_RECORDS", 10)
     config = config_for(folder, tmp_path / "out", max_bad=0.001)
     with pytest.raises(InputError, match=r"1 of 16 are unusable, such as records.jsonl line 8 \("):
         prepare_here(config)

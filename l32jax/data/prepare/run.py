@@ -23,6 +23,7 @@ from l32jax.data.prepare.statistics import statistics
 from l32jax.data.prepare.task import Task
 from l32jax.data.prepare.units import Unit, UnitTask
 from l32jax.data.prepare.workplace import Workplace
+from l32jax.data.records import too_many_bad
 from l32jax.data.shards import INDEX, read_index, tokenizer_digest, write_index
 from l32jax.data.sources.open import CHARTS, EASY_VQA, open_records
 from l32jax.data.tokenizer import Tokenizer
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 UNIT_RECORDS = 512
 BANDS_AT_ONCE = 20_000_000  # which a part of the duplicates has in memory
-JUDGED_RECORDS = 1000  # of fewer records too, as many may be bad as of this many
 LOGGED_PLACES = 20
 BAD = "bad.jsonl"
 
@@ -152,7 +152,7 @@ class _Work:
             seen += units[number].stop - units[number].start
             bad += len(summary["bad"])
             removed.update(summary["removed"])
-            if bad > self.config.max_bad * max(seen, JUDGED_RECORDS):
+            if too_many_bad(bad, seen, self.config.max_bad):
                 last = summary["bad"][-1]
                 raise InputError(
                     f"records of {', '.join(self.config.sources)}: {bad} of {seen} are unusable, "

@@ -8,6 +8,7 @@ from itertools import islice
 
 from l32jax.config import LlamaConfig
 from l32jax.data import batches
+from l32jax.data.records import too_many_bad
 from l32jax.data.rows import Batch
 from l32jax.data.sheet.rows import SeenRow, Sheet, see_row
 from l32jax.data.sources.mixture import open_batches
@@ -61,7 +62,7 @@ def _facts(
     total = sum(share for _, share in data.mixture)
     mixture = ", ".join(f"{name} ({share / total:.0%})" for name, share in data.mixture)
     records = f"{used} in these rows, {bad} skipped"
-    if bad > data.max_bad * max(used + bad, batches.JUDGED_RECORDS):
+    if too_many_bad(bad, used + bad, data.max_bad):
         records += f": more than max_bad={data.max_bad} lets training pass"
     return (
         ("mixture", mixture),
