@@ -16,7 +16,7 @@ from l32jax.checkpoint import (
 )
 from l32jax.checkpoint.engine.folders import is_remote
 from l32jax.checkpoint.engine.slices import Slices
-from l32jax.checkpoint.steps import is_store
+from l32jax.checkpoint.steps import is_step, is_store
 from l32jax.checkpoint.tensors import inside
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
@@ -56,12 +56,13 @@ class Checkpoint:
 
 
 def open_checkpoint(where: str | Path, *, verified: bool = True) -> Checkpoint:
-    """A folder of Hugging Face's or Meta's, a GGUF or safetensors file, a run or one of its stages.
+    """A folder of Hugging Face's or Meta's, a GGUF or safetensors file, or what training saved.
 
-    A converted checkpoint may also be at gs://bucket/path or s3://bucket/path. With `verified`, a
-    local one of ours is held against its digests first, which reads all of it.
+    That is a run, one of its stages (runs/a/1_trunk) or steps (runs/a/1_trunk/500). A converted
+    checkpoint may also be at gs://bucket/path or s3://bucket/path. With `verified`, a local one of
+    ours is held against its digests first, which reads all of it.
     """
-    if is_remote(where):
+    if is_remote(where) or is_step(where):
         return _native(where, verified)
     path = Path(where)
     if not path.exists():

@@ -25,7 +25,7 @@ from l32jax.checkpoint.engine.transfer import Told, Unit
 from l32jax.checkpoint.engine.workplace import Record, Workplace
 from l32jax.checkpoint.native_read import METADATA, PARAMS, open_arrays
 from l32jax.checkpoint.native_write import merge, units_of, write_metadata, write_unit
-from l32jax.checkpoint.steps import CONFIG, FILES, STATE, Steps
+from l32jax.checkpoint.steps import CONFIG, FILES, STATE, Steps, is_step
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
@@ -45,17 +45,18 @@ class Native(NamedTuple):
 def open_store(where: str | os.PathLike, *, verified: bool = True) -> Native:
     """The newest finished step of a folder, or of an address like gs://bucket/run.
 
-    The address may also be of a step itself, which then need not have its digests. Of the arrays
+    Either may also be a step itself, which at an address need not have its digests. Of the arrays
     only headers are read.
 
     Args:
-      verified: reads every file of a local step first, and passes over a damaged one; what is
-        remote is not read twice.
+      verified: reads every file of a local step first, and passes over a damaged one, unless that
+        was asked for; what is remote is not read twice.
 
-    InputError if there is no such step, or if its arrays are not those of its config.
+    InputError if there is no such step, if the one asked for is damaged, or if its arrays are not
+    those of its config.
     """
     folder = Folder.at(where)
-    return _open_step(_remote_step(folder) if is_remote(where) else _newest(folder, verified))
+    return _open_step(_remote_step(folder) if is_remote(where) else _local_step(folder, verified))
 
 
 def _open_step(folder: Folder) -> Native:
@@ -81,9 +82,13 @@ def _remote_step(folder: Folder) -> Folder:
     return folder.child(str(max(finished)))
 
 
-def _newest(folder: Folder, verified: bool) -> Folder:
+def _local_step(folder: Folder, verified: bool) -> Folder:
     steps = Steps(folder.where)
     _require_contained(steps.directory)
+    if is_step(steps.directory):
+        if verified and (complaints := digests.problems(steps.directory)):
+            raise InputError(f"checkpoint in {folder.where}: {complaints[0]}; use another step")
+        return folder
     step = undamaged_step(steps) if verified else steps.latest()
     if step is None:
         raise steps.nothing_usable()

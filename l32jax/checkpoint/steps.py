@@ -108,10 +108,14 @@ class Steps:
 def is_store(path: str | os.PathLike) -> bool:
     """Whether this is a directory of steps, going by what is in them."""
     path = Path(path)
-    return path.is_dir() and any(
-        (step / digests.SIDECAR).exists() or (step / STATE / "_METADATA").exists()
-        for step in path.iterdir()
-        if _is_step(step)
+    return path.is_dir() and any(map(is_step, path.iterdir()))
+
+
+def is_step(path: str | os.PathLike) -> bool:
+    """Whether this is one step of such a directory, which may be damaged."""
+    path = Path(path)
+    return _is_step(path) and (
+        (path / digests.SIDECAR).exists() or (path / STATE / "_METADATA").exists()
     )
 
 

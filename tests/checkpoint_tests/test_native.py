@@ -27,6 +27,7 @@ from l32jax.checkpoint.arrays import named
 from l32jax.checkpoint.engine import digests, transfer
 from l32jax.checkpoint.engine.manifest import MANIFEST
 from l32jax.checkpoint.engine.slices import ALL, Home, Slices, load
+from l32jax.checkpoint.formats import open_checkpoint
 from l32jax.checkpoint.steps import verify
 from l32jax.checkpoint.store import Store
 from l32jax.config_text import to_json
@@ -198,6 +199,13 @@ def test_a_flipped_bit_is_refused_or_an_older_step_taken(trained, directory):
     with pytest.raises(InputError, match="has changed since it was written"):
         native.open_store(directory)
     assert native.open_store(directory, verified=False).config == TINY_TEXT
+
+
+def test_a_step_can_be_named_and_is_not_replaced_by_another(trained):
+    assert open_checkpoint(trained / "1").slices.where.endswith("1/state")
+    (trained / "1" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"config.json.*use another step"):
+        open_checkpoint(trained / "1")
 
 
 def test_lost_data_is_an_error_of_one_line(directory):
