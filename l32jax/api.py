@@ -142,6 +142,7 @@ def run(config: TrainConfig) -> Model:
     tokenizer = model.require_tokenizer()
     params, model.params = model.params, None
     model.params = train(config, tokenizer, params, mesh)
+    model.config = config.model_of(len(config.stages) - 1)
     return model
 
 

@@ -9,8 +9,6 @@ from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, Vi
 from l32jax.config_text import did_you_mean
 from l32jax.errors import InputError
 
-VISION_PATTERN: tuple[BlockKind, ...] = ("self", "self", "self", "cross", "self")
-
 LLAMA3_2_1B = LlamaConfig(
     decoder=DecoderConfig(
         vocab_size=128_256,

@@ -15,7 +15,6 @@ from l32jax.config import Compat, DecoderConfig, LlamaConfig, RopeScaling, Visio
 from l32jax.model.attention import Interval
 from l32jax.model.llama import Images, abstract_params, bind, forward
 from l32jax.model.parameters import on_mesh
-from l32jax.presets import VISION_PATTERN
 from l32jax.sharding import single_device_mesh
 
 DATA = Path(__file__).parent / "data"
@@ -34,7 +33,10 @@ TEXT = LlamaConfig(
 )
 VISION = LlamaConfig(
     decoder=dataclasses.replace(
-        TEXT.decoder, mlp_dim=224, num_groups=2, group_pattern=VISION_PATTERN
+        TEXT.decoder,
+        mlp_dim=224,
+        num_groups=2,
+        group_pattern=("self", "self", "self", "cross", "self"),
     ),
     vision=VisionConfig(
         image_size=56,

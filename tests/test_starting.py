@@ -19,7 +19,9 @@ from l32jax.run_config import DataConfig, MeshConfig, OptimizerConfig, StageConf
 from l32jax.sharding import make_mesh, single_device_mesh
 
 assert TINY_VISION.vision is not None
-MODEL = with_vision(TINY_TEXT, TINY_VISION.vision, every=2)
+TOWER = dataclasses.replace(TINY_VISION.vision, num_local_layers=1, taps=(0,))  # soon compiled
+MODEL = with_vision(TINY_TEXT, TOWER, every=2)
+QUESTION = "what color is the shape?"
 
 
 def run_config(directory, start_from, model: LlamaConfig = MODEL, **changes) -> TrainConfig:
@@ -51,24 +53,47 @@ def text(tmp_path_factory):
     return folder, model
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(api, "make_mesh", lambda _: single_device_mesh())
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "make_mesh", lambda _: single_device_mesh())
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(text, tmp_path_factory):
+    """A run, in larger tiles than its model's, and what came of it."""
+    folder, _ = text
+    config = run_config(tmp_path_factory.mktemp("run"), folder)
+    (stage,) = config.stages
+    config = dataclasses.replace(config, stages=(dataclasses.replace(stage, image_size=42),))
+    return config, api.run(config)
 
 
 def beginning(config: TrainConfig, mesh: Mesh | None = None) -> api.Model:
     return api._beginning(config, mesh or single_device_mesh())
 
 
-def test_a_vision_run_keeps_the_text_of_the_model_it_starts_from(text, tmp_path):
-    folder, model = text
-    trained = api.run(run_config(tmp_path / "run", folder))
-    tokens, _ = model.encode("what color is the shape?")
-    again = api.load(tmp_path / "run")
+def test_a_vision_run_keeps_the_text_of_the_model_it_starts_from(text, done):
+    _, model = text
+    config, trained = done
+    tokens, _ = model.encode(QUESTION)
+    again = api.load(config.directory)
     for seeing in (trained, again):
         np.testing.assert_array_equal(seeing.logits(tokens), model.logits(tokens))
     gates = [leaf for path, leaf in flatten(again.params).items() if path.endswith("_gate")]
     assert all(np.any(gate) for gate in gates if gate.ndim)
+
+
+def test_what_came_of_a_run_looks_at_pictures_as_its_last_stage_did(done):
+    config, trained = done
+    again = api.load(config.directory)
+    assert trained.config == again.config == config.model_of(0) != config.model
+    picture = np.full((40, 70, 3), 200, np.uint8)
+    tokens, images = trained.encode(QUESTION, [picture])
+    np.testing.assert_array_equal(trained.logits(tokens, images), again.logits(tokens, images))
+    told = trained.generate(QUESTION, images=[picture], max_new_tokens=2)
+    assert told == again.generate(QUESTION, images=[picture], max_new_tokens=2)
 
 
 def test_what_the_text_model_lacks_is_born_by_the_seed(text, tmp_path):
@@ -110,14 +135,12 @@ def test_a_graft_on_a_mesh_is_born_there_and_the_same(text, tmp_path):
     assert sharded > len(alone) / 2
 
 
-def test_a_run_that_has_begun_reads_no_weights_again(text, tmp_path, monkeypatch):
-    folder, _ = text
-    config = run_config(tmp_path / "run", folder)
-    done = api.run(config)
+def test_a_run_that_has_begun_reads_no_weights_again(done, monkeypatch):
+    config, trained = done
     monkeypatch.setattr(api, "load_slices", None)
     again = api.run(config)
     for path, leaf in flatten(again.params).items():
-        np.testing.assert_array_equal(leaf, flatten(done.params)[path], path)
+        np.testing.assert_array_equal(leaf, flatten(trained.params)[path], path)
 
 
 def test_another_models_weights_are_refused(text, tmp_path):

@@ -193,7 +193,7 @@ def _tokenizer(run: "TrainConfig") -> "Tokenizer":
     if found is None:
         raise InputError(f"tokenizer in {start}: there is none; set `tokenizer` of the run")
     require_matching(found, run.model, str(run.tokenizer or start))
-    return found
+    return found.with_image_token() if run.model.vision is not None else found
 
 
 def _is_override(word: str) -> bool:

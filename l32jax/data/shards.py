@@ -23,6 +23,7 @@ from l32jax.data.records import Bad
 from l32jax.data.samples import Document, Sample
 from l32jax.data.shard_file import Shard
 from l32jax.data.tokenizer import Tokenizer
+from l32jax.data.vocabulary import IMAGE
 from l32jax.errors import InputError, one_line
 
 INDEX = "index.json"
@@ -137,12 +138,18 @@ def open_shards(folder: Path, tokenizer: Tokenizer | None = None) -> Sequence[Sa
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that make the same tokens of the same records, whatever their files."""
+    """Equal for tokenizers that make the same tokens of the same records, whatever their files.
+
+    An image token that was added to a text model's makes no difference: text never becomes it.
+    """
     vocabulary = tokenizer.vocabulary
     pieces = hashlib.sha256()
     for piece in vocabulary.pieces:
         pieces.update(len(piece).to_bytes(4, "little") + piece)
-    names = sorted(tokenizer.specials.items())
+    specials = dict(tokenizer.specials)
+    if tokenizer.image_id is not None and not tokenizer.is_llama3:
+        del specials[IMAGE]
+    names = sorted(specials.items())
     rest = (vocabulary.ids, vocabulary.pattern, names, tokenizer.bos_id, tokenizer.chat_template)
     return hashlib.sha256(pieces.digest() + repr(rest).encode()).hexdigest()
 

@@ -159,7 +159,8 @@ class _AcceptedIterator(grain.DatasetIterator):
             self._bad.append(found)
         else:
             raise InputError(
-                f"{HOPELESS} unusable records in a row, such as {found.place}: {found.why}"
+                f"{HOPELESS} unusable records in a row, such as {found.place}: {found.why}; mend "
+                "the data, or leave their source out of the mixture"
             )
 
     def get_state(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from l32jax.__main__ import main
+from tests.data_tests.small_tokenizer_files import text_tokenizer
 
 INSPECT = ("data", "inspect")
 CONFIG = """
@@ -64,6 +65,13 @@ def test_the_tokenizer_is_that_of_the_model_to_start_from(run_folder, hugging_fa
     start = f"start_from={hugging_face_folder}"
     assert main([*INSPECT, "config.py", start]) == 0
     assert "&lt;|eot_id|&gt;" in (run_folder / "rows.html").read_text("utf-8")
+
+
+def test_a_text_models_tokenizer_learns_to_see(pictures):
+    words = text_tokenizer(pictures, "<|endoftext|>")
+    changes = ("tokenizer=tokenizer.json", f"model.decoder.vocab_size={words.num_tokens}")
+    assert main([*INSPECT, "run.py", *changes]) == 0
+    assert "&lt;grey&gt; number" in (pictures / "rows.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def hugging_face(tokenizer: Tokenizer, *, with_image: bool = False) -> dict:
     }
 
 
+def text_tokenizer(folder: pathlib.Path, *specials: str) -> Tokenizer:
+    """Of a text model with these special tokens, and its file in the folder."""
+    small = small_tokenizer()
+    content = hugging_face(small)
+    first = len(ranks(small))
+    content["added_tokens"] = [{"id": first + n, "content": s} for n, s in enumerate(specials)]
+    return Tokenizer.from_file(write_json(folder, content))
+
+
 def write_json(folder: pathlib.Path, content: dict) -> pathlib.Path:
     file = folder / "tokenizer.json"
     file.write_text(json.dumps(content))

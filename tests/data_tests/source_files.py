@@ -26,6 +26,9 @@ def png(number: int) -> bytes:
     return file.getvalue()
 
 
+PAIRS = [(f"caption {number} ä", png(number)) for number in range(10)]
+
+
 def write_jsonl(folder: Path, pairs: Sequence[Pair]) -> Path:
     return _lines(folder, pairs, folder / "data.jsonl")
 

@@ -112,6 +112,7 @@ def test_sources_tell_what_they_say_they_tell():
     }
     for (name, with_images), text in expected.items():
         sample = open_source(f"easy-vqa/{name}", tokenizer, with_images=with_images)[0]
+        assert sample.place == f"easy-vqa/{name} picture 0"
         assert len(sample.images) == with_images
         assert tokenizer.decode(sample.documents[0].tokens) == text
 

@@ -15,6 +15,7 @@ from l32jax.data.sources.open import open_records, open_source
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from tests.data_tests.small_records import config_for, contents, prepare_here, write_records
+from tests.data_tests.small_tokenizer_files import text_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,38 @@ def test_the_sizes_of_tasks_change_nothing(folder, whole, tmp_path, monkeypatch)
     monkeypatch.setattr(run, "UNIT_RECORDS", 23)
     prepare_here(config_for(folder, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_text_models_tokenizer_learns_to_see(folder, tmp_path):
+    """A run that grafts an image encoder onto a text model reads what was prepared with its own."""
+    text = text_tokenizer(tmp_path, "<|endoftext|>")
+    source = write_captions(folder)
+    changes = {"tokenizer": str(tmp_path), "sources": (source,), "text": None}
+    index = prepare_here(config_for(folder, tmp_path / "out", **changes))
+    assert index["removed"]["unusable"] == 0 and index["statistics"]["images"] == 1
+    for tokenizer in (text, text.with_image_token()):
+        samples = open_source(str(tmp_path / "out"), tokenizer, with_images=True)
+        ((seen,), (other,)) = sorted((s.documents for s in samples), key=lambda d: d[0].images)[
+            ::-1
+        ]
+        assert (seen.tokens[0], seen.images) == (text.with_image_token().image_id, (0,))
+        assert other.images == ()
+
+
+def test_a_tokenizer_whose_text_may_become_an_image_prepares_text_alone(folder, tmp_path):
+    text_tokenizer(tmp_path, "<|endoftext|>", "<|image|>")
+    changes = {"tokenizer": str(tmp_path), "sources": (write_captions(folder),), "text": None}
+    index = prepare_here(config_for(folder, tmp_path / "out", **changes))
+    assert (index["removed"]["unusable"], index["statistics"]["samples"]) == (1, 1)
+    assert "reads text only" in (tmp_path / "out/bad.jsonl").read_text()
+
+
+def write_captions(folder):
+    """A picture with its caption, and a text."""
+    lines = [{"image": "1.jpg", "text": "red"}, {"text": "blue"}]
+    path = folder / "captions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
 
 
 def test_duplicates_of_an_earlier_source_go(folder, tmp_path):
@@ -199,9 +232,11 @@ def test_impossible_configs_are_refused(changes, message):
         Duplicates(image_distance=40)
 
 
-def test_sources_of_the_package_need_no_preparation(folder, tmp_path):
-    with pytest.raises(InputError, match="comes with the package"):
-        prepare_here(config_for(folder, tmp_path / "out", sources=("easy-vqa/train",)))
+@pytest.mark.parametrize("source", ["easy-vqa/train", "charts/train/captions"])
+def test_sources_of_the_package_need_no_preparation(source, folder, tmp_path):
+    with pytest.raises(InputError, match=f"{source}.*comes with the package.*leave it out"):
+        prepare_here(config_for(folder, tmp_path / "out", sources=(source,)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_orders_are_permutations_that_never_change():

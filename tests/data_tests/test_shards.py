@@ -27,6 +27,7 @@ from l32jax.data.shards import (
 )
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
+from tests.data_tests.small_tokenizer_files import text_tokenizer
 
 TOKENIZER = Tokenizer.bytes_only()
 
@@ -222,6 +223,13 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     with pytest.raises(InputError, match="another tokenizer"):
         open_shards(folder, other)
     assert tokenizer_digest(TOKENIZER) == tokenizer_digest(Tokenizer.bytes_only())
+
+
+def test_a_text_models_tokenizer_is_the_same_with_an_image_token(tmp_path):
+    """And another one where text has the image's name as a word."""
+    text, word = (text_tokenizer(tmp_path, *names) for names in (("</s>",), ("</s>", "<|image|>")))
+    assert tokenizer_digest(text) == tokenizer_digest(text.with_image_token())
+    assert tokenizer_digest(word) != tokenizer_digest(text)
 
 
 def test_images_that_are_not_files_are_refused():

@@ -28,8 +28,8 @@ from l32jax.data.vocabulary import (
 from l32jax.errors import InputError
 from tests import golden
 from tests.data_tests import real_tokenizers
+from tests.data_tests.awkward_text import has_every_byte
 from tests.data_tests.small_tokenizer_files import hugging_face, small_tokenizer, write_json
-from tests.data_tests.test_tokenizer import has_every_byte
 
 GOLDEN = golden.document("tokenizer_chat_meta.json")
 STRINGS = [

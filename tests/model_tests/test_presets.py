@@ -16,7 +16,6 @@ from l32jax.presets import (
     SMOLLM2_135M,
     TINY_TEXT,
     TINY_VISION,
-    VISION_PATTERN,
     preset,
     with_vision,
 )
@@ -77,7 +76,7 @@ def test_each_part_is_the_rest_of_the_others():
 def test_the_trunk_of_a_vision_model_has_the_layers_of_the_text_model():
     vision = with_vision(TINY_TEXT, VisionConfig(image_size=28))
     assert vision.decoder.count("self") == TINY_TEXT.decoder.num_groups
-    assert vision.decoder.group_pattern == VISION_PATTERN
+    assert vision.decoder.group_pattern == ("self", "self", "self", "cross", "self")
     same = dataclasses.replace(vision.decoder, num_groups=4, group_pattern=("self",))
     assert same == TINY_TEXT.decoder
 

@@ -1,15 +1,11 @@
 """A stage that trains the adapter beside a frozen encoder, and documents for it."""
 
 import json
-import zlib
 from pathlib import Path
 
-import jax
 import numpy as np
 from PIL import Image
 
-from l32jax.model.llama import init_params
-from l32jax.model.parameters import Params, path_name
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from tests.train_tests.small import MODEL
 
@@ -52,16 +48,3 @@ def config(source: str, features: str | None, directory: str = "", **data) -> Tr
         optimizer=OptimizerConfig(peak_lr=1e-2),
     )
     return TrainConfig(model=MODEL, stages=(stage,), directory=directory, log_every=1, show_every=2)
-
-
-def params(seed: int = 1) -> Params:
-    """Random ones, gates and biases too."""
-    key = jax.random.key(seed)
-
-    def opened(path, leaf):
-        if not path_name(path).endswith(("gate", "bias")):
-            return leaf
-        own = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
-        return leaf + jax.random.normal(own, leaf.shape)
-
-    return jax.tree.map_with_path(opened, init_params(MODEL, key))

@@ -16,7 +16,9 @@ from l32jax.data import feature_parts, features
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.features import compute_features
+from tests.checkpoint_tests.weights import random_params
 from tests.train_tests import cached_stage
+from tests.train_tests.small import MODEL
 
 CACHE = Path(__file__).parents[2] / ".jax_cache"
 
@@ -40,7 +42,7 @@ def main(source: str, folder: str, lives: str, port: str = "", process: str = ""
     config = cached_stage.config(source, folder)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1)) if port else single_device_mesh()
     with jax.set_mesh(mesh):
-        params = jax.jit(cached_stage.params)() if port else cached_stage.params()
+        params = random_params(MODEL, mesh)
         compute_features(
             config, config.stages[0], Tokenizer.bytes_only(), params, mesh, check_stop=lambda: None
         )

@@ -25,13 +25,14 @@ from l32jax.data.sources.open import open_source
 from l32jax.data.streams import Rows
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
-from l32jax.model.llama import abstract_params, bind
-from l32jax.model.parameters import combine, flatten, on_mesh, partition, trains
+from l32jax.model.llama import Images, abstract_params, bind
+from l32jax.model.parameters import combine, flatten, partition, trains
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train import features as computing
 from l32jax.train import loop
 from l32jax.train.features import compute_features, encoder_digest
 from l32jax.train.objectives import next_token
+from tests.checkpoint_tests.weights import random_params
 from tests.train_tests import cached_stage
 from tests.train_tests.small import MODEL
 
@@ -46,7 +47,7 @@ def source(tmp_path_factory) -> str:
 def compute(source: str, folder: Path, mesh=None, check_stop=lambda: None, params=None) -> None:
     config, mesh = cached_stage.config(source, str(folder)), mesh or single_device_mesh()
     with jax.set_mesh(mesh):
-        params = params or cached_stage.params()
+        params = params or random_params(MODEL, mesh)
         compute_features(config, config.stages[0], TOKENIZER, params, mesh, check_stop=check_stop)
 
 
@@ -97,7 +98,7 @@ def test_losses_and_gradients_are_those_of_encoding_in_every_step(devices, sourc
     mesh = single_device_mesh() if devices == 1 else make_mesh(MeshConfig(data=2, fsdp=4))
     compute(source, tmp_path / "kept", mesh)
     with jax.set_mesh(mesh):
-        trainable, frozen = partition(cached_stage.params(), trains(("adapter",), MODEL))
+        trainable, frozen = partition(random_params(MODEL, mesh), trains(("adapter",), MODEL))
 
         @jax.jit
         def gradient(batch):
@@ -202,7 +203,7 @@ def test_what_is_there_is_not_computed_again(source, whole, tmp_path, monkeypatc
 
 def test_another_encoder_is_refused_and_another_adapter_is_not(source, whole):
     with jax.set_mesh(single_device_mesh()):
-        params, other = cached_stage.params(), cached_stage.params(seed=2)
+        params, other = random_params(MODEL), random_params(MODEL, seed=2)
         digest = encoder_digest(MODEL, params)
         assert digest != encoder_digest(MODEL, other)
         assert digest == encoder_digest(MODEL, other | {"vision": params["vision"]})
@@ -210,16 +211,29 @@ def test_another_encoder_is_refused_and_another_adapter_is_not(source, whole):
         compute(source, whole, params=other)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_features_have_the_dtype_of_their_pixels_whatever_the_parameters(dtype):
+    """Through the global blocks too, before which a table of the parameters' dtype is added."""
+    pixels = jax.ShapeDtypeStruct((1, 1, 4, 3, 28, 28), dtype)
+    aspect, index = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, 1, 2), (1, 0)))
+
+    def encode(params, *images):
+        return bind(MODEL, params).features(Images(*images))
+
+    with jax.set_mesh(single_device_mesh()):
+        params = abstract_params(MODEL)
+        found = jax.eval_shape(encode, params, pixels, aspect, index)
+    assert {leaf.dtype.name for leaf in flatten(params).values()} == {"float32"}
+    assert found.dtype == dtype
+
+
 def test_the_digest_does_not_depend_on_the_mesh():
     with jax.set_mesh(single_device_mesh()):
-        params = cached_stage.params()
+        params = random_params(MODEL)
         digest = encoder_digest(MODEL, params)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
-        abstract = on_mesh(abstract_params(MODEL), mesh)
-        spread = jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract
-        )
+        spread = random_params(MODEL, mesh)
         assert encoder_digest(MODEL, spread) == digest
 
 
@@ -236,7 +250,7 @@ def test_sizes_are_told_and_a_disk_without_room_is_refused(source, tmp_path, mon
 
 
 def losses(config) -> list[float]:
-    loop.train(config, TOKENIZER, None, single_device_mesh())
+    loop.train(config, TOKENIZER, random_params(MODEL), single_device_mesh())
     lines = (Path(config.directory) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from l32jax.config import MeshConfig
 from l32jax.data.batches import place
@@ -13,6 +14,7 @@ from l32jax.model.parameters import flatten
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train import examples, inside
+from tests.checkpoint_tests.weights import random_params
 from tests.train_tests.small import LENGTH, MODEL, rows, stage
 
 ROWS = 4
@@ -21,11 +23,11 @@ VISION = MODEL.vision
 assert VISION is not None
 
 
-def params_with_open_gates():
+def params_with_open_gates(mesh: Mesh | None = None):
     def opened(path, leaf):
-        return leaf + 0.3 + 0.1 * np.arange(len(leaf)) if "_gate" in str(path[-1]) else leaf
+        return leaf * 0 + 0.3 + 0.1 * np.arange(len(leaf)) if "_gate" in str(path[-1]) else leaf
 
-    params = jax.jit(lambda: llama.init_params(MODEL, jax.random.key(0)))()
+    params = random_params(MODEL, mesh)
     decoder = jax.tree.map_with_path(opened, params["decoder"])
     return params | {"decoder": decoder}
 
@@ -78,7 +80,7 @@ def test_a_probe_sees_what_is_there_on_a_mesh(expected):
     asked[:, :LENGTH] = np.arange(LENGTH)
     with jax.set_mesh(devices):
         probe = inside.make_probe(CONFIG, devices)
-        found = probe(params_with_open_gates(), place(batch, devices), looked, asked)
+        found = probe(params_with_open_gates(devices), place(batch, devices), looked, asked)
     for name, values in looks.items():
         np.testing.assert_allclose(getattr(found.looks, name), values, rtol=1e-4)
     np.testing.assert_array_equal(found.likeliest[:, :LENGTH], likeliest)
@@ -109,7 +111,8 @@ def looks_of(params, batch, places) -> Looks:
 
 
 def test_where_nobody_looks_nothing_is_told():
-    batch = rows(1, images=True)
+    alone = rows(1, images=True)
+    batch = {name: array.repeat(ROWS, axis=0) for name, array in alone.items()}  # compiled already
     assert not np.any(batch["vision_stop"])
     with jax.set_mesh(single_device_mesh()):
         places = examples.looking_places(batch, QUERIES_AT_ONCE)

@@ -25,6 +25,7 @@ from l32jax.data.samples import Sample
 from l32jax.data.shards import encode_sample
 from l32jax.data.sources.open import open_records
 from l32jax.data.tokenizer import Tokenizer
+from l32jax.data.vocabulary import IMAGE
 from l32jax.errors import InputError, one_line
 
 # A sample of a unit's file: its record's number in all sources, and what statistics are made of.
@@ -115,7 +116,7 @@ def judge(record: Record, config: PrepareConfig) -> Prepared | Removed | Bad:
         kept = _kept(record, config)
         if isinstance(kept, Removed):
             return kept
-        sample = to_sample(kept, tokenizer, with_images=tokenizer.image_id is not None)
+        sample = to_sample(kept, tokenizer, with_images=True)
         if isinstance(sample, Bad):
             return sample
         data, counts = encode_sample(sample), _counts(sample, config)
@@ -168,4 +169,6 @@ def _records(source: str) -> Sequence[Record | Bad]:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer.from_file(path)
+    """With an image token, for models that learn to see, unless text may become one."""
+    found = Tokenizer.from_file(path)
+    return found if IMAGE in found.specials else found.with_image_token()

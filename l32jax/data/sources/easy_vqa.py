@@ -9,6 +9,7 @@ test             the untouched split
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from l32jax.data.chat import Image, Message, encode_caption, encode_for_training
@@ -32,7 +33,7 @@ class EasyVqaSamples(Sequence[Sample]):
                 f"source 'easy-vqa/{name}' in the mixture: there is none; easy-VQA has "
                 f"{', '.join(KINDS)}"
             )
-        self._made_of = name, tokenizer, with_images
+        self._made_of, self._name = (name, tokenizer, with_images), f"easy-vqa/{name}"
         self._tokenizer, self._images = tokenizer, (0,) if with_images else ()
         split, _, self._kind = name.partition("/")
         scenes = EasyVqa("train" if split == "train" else "test")
@@ -52,7 +53,8 @@ class EasyVqaSamples(Sequence[Sample]):
 
     def _make_sample(self, scene: Scene) -> Sample:
         images = (load_image(scene.image),) if self._images else ()
-        return Sample(tuple(self._documents(scene)), images)
+        place = f"{self._name} picture {Path(scene.image).stem}"
+        return Sample(tuple(self._documents(scene)), images, place)
 
     def _documents(self, scene: Scene) -> Iterator[Document]:
         shown = description(scene) or ""  # where it is told, every scene has one
