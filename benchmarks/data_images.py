@@ -106,7 +106,7 @@ def prepared(files: Sequence[bytes]) -> list[bytes]:
         image = opened(data)
         kind = image.format or "PNG"
         options = {"quality": 95} if kind == "JPEG" else {}
-        small = resized(load_image(data))
+        small = resized_by_pillow(load_image(data))
         found.append(data if small.size == image.size else encoded(small, kind, **options))
     return found
 
@@ -129,22 +129,22 @@ def opened(item: bytes | Image.Image) -> Image.Image:
     return item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
 
 
-def resized(image: Image.Image) -> Image.Image:
+def resized_by_pillow(image: Image.Image) -> Image.Image:
     grid = choose_grid(image.height, image.width, tile_size=TILE, max_tiles=4)
     height, width = fit(image.height, image.width, grid, tile_size=TILE)
     same = image.size == (width, height)
     return image if same else image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def ours(image: Image.Image) -> np.ndarray:
-    return preprocess(image, tile_size=TILE)[0]
+def ours(item: bytes | Image.Image) -> np.ndarray:
+    return preprocess(item, tile_size=TILE)[0]
 
 
 def compare(files: Sequence[bytes], fast: Callable, pillow: Callable) -> dict[str, float | bool]:
     """Ours must be the Pillow processor's pixels; the fast one rounds twice, with fewer bits."""
     steps = np.zeros(3, np.int64)  # values that are equal, one and two levels away
     for data in files:
-        tiles = ours(load_image(data))
+        tiles = ours(data)
         floats = normalise(tiles)
         theirs = pillow([[opened(data)]], return_tensors="np")["pixel_values"][0, 0]
         assert np.abs(theirs[: len(tiles)] - floats).max() < 1e-6 and not theirs[len(tiles) :].any()
@@ -180,8 +180,8 @@ def over(items: Sequence, function: Callable[..., object]) -> Callable[[], None]
 
 def one_by_one(items: Sequence[bytes | Image.Image], fast: Callable, pillow: Callable) -> dict:
     return {
-        "ours, uint8": over(items, lambda item: ours(load_image(item))),
-        "ours, normalised": over(items, lambda item: normalise(ours(load_image(item)))),
+        "ours, uint8": over(items, ours),
+        "ours, normalised": over(items, lambda item: normalise(ours(item))),
         "HF fast": over(items, lambda item: fast([[opened(item)]], return_tensors="pt")),
         "HF Pillow": over(items, lambda item: pillow([[opened(item)]], return_tensors="np")),
     }
@@ -200,7 +200,7 @@ def in_batches(files: Sequence[bytes], fast: Callable, pillow: Callable) -> dict
     def stacked(batch: Sequence[bytes]) -> np.ndarray:
         tiles = np.zeros((len(batch), 1, 4, 3, TILE, TILE), np.uint8)
         for slots, data in zip(tiles, batch, strict=True):
-            preprocess(load_image(data), tile_size=TILE, out=slots[0])
+            preprocess(data, tile_size=TILE, out=slots[0])
         return tiles
 
     return {
@@ -216,7 +216,7 @@ def threads_gain(files: Sequence[bytes], rounds: int) -> float:
     for threads in (1, 2) * rounds:
         with ThreadPoolExecutor(threads) as pool:
             begin = time.perf_counter()
-            list(pool.map(lambda data: ours(load_image(data)), files))
+            list(pool.map(ours, files))
             elapsed = time.perf_counter() - begin
         seconds[threads] = min(elapsed, seconds.get(threads, elapsed))
     return seconds[1] / seconds[2]
@@ -274,9 +274,9 @@ def main() -> None:
     print(f"pixels: {same}")
     theirs, counts = (fast, pillow), (len(files), options.rounds)
     pictures = [load_image(data) for data in files]
-    from_files = one_by_one(files, *theirs) | {"decoding alone": over(files, load_image)}
+    from_files = one_by_one(files, *theirs) | {"Pillow's decoding alone": over(files, load_image)}
     from_pictures = one_by_one(pictures, *theirs) | {
-        "Pillow's resize alone": over(pictures, resized)
+        "Pillow's resize alone": over(pictures, resized_by_pillow)
     }
     small, many = prepared(files), f"in batches of {BATCH}"
     results = {

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 import numpy as np
+import simplejpeg
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
@@ -54,28 +55,40 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def preprocess(
-    image: Image.Image,
+    source: ImageSource,
     *,
     tile_size: int,
     max_tiles: int = 4,
     out: UInt8[np.ndarray, "_ 3 y x"] | None = None,
 ) -> tuple[UInt8[np.ndarray, "c 3 y x"], Grid]:
-    """The tiles of an RGB image in row-major order, and the grid they form.
+    """The tiles of an image in row-major order, and the grid they form.
 
-    The image is resized to the best of the canvases of up to `max_tiles` tiles, keeping its shape;
-    the rest of the canvas, right and below, is black. `normalise` makes floats of the tiles.
+    The image, decoded as `load_image` does it and with the same errors, is resized to the best of
+    the canvases of up to `max_tiles` tiles, keeping its shape; the rest of the canvas, right and
+    below, is black. `normalise` makes floats of the tiles.
 
     out: zeros whose first tiles are written and returned, instead of new memory.
     """
-    grid = choose_grid(image.height, image.width, tile_size=tile_size, max_tiles=max_tiles)
-    height, width = fit(image.height, image.width, grid, tile_size=tile_size)
-    if image.size != (width, height):
-        image = image.resize((width, height), RESAMPLE)
+    from l32jax.data.resize import resize_into  # its compiler takes 0.7 s to import
+
+    pixels = _load_pixels(source)
+    height, width = pixels.shape[:2]
+    grid = choose_grid(height, width, tile_size=tile_size, max_tiles=max_tiles)
+    size = fit(height, width, grid, tile_size=tile_size)
     if out is None:
         out = np.zeros((math.prod(grid), 3, tile_size, tile_size), np.uint8)
     tiles = out[: math.prod(grid)]
-    _write(tiles, image, grid)
+    resize_into(tiles, pixels, size, columns=grid[1])
     return tiles, grid
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An RGB image of another height and width, resized as `preprocess` does it."""
+    from l32jax.data.resize import resize_into
+
+    planes = np.empty((1, 3, *size), np.uint8)
+    resize_into(planes, _pixels(image), size, columns=1)
+    return Image.fromarray(np.ascontiguousarray(planes[0].transpose(1, 2, 0)))
 
 
 def normalise(tiles: UInt8[np.ndarray, "c 3 y x"]) -> Float32[np.ndarray, "c 3 y x"]:
@@ -115,6 +128,35 @@ def fit(height: int, width: int, grid: Grid, *, tile_size: int) -> tuple[int, in
 def mirrored_at_random(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """For data whose answers do not depend on left and right."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.integers(2) else image
+
+
+def _load_pixels(source: ImageSource) -> UInt8[np.ndarray, "y x 4"]:
+    """The pixels of `load_image`; most JPEG files never become a picture of Pillow's."""
+    if isinstance(source, Image.Image | np.ndarray):
+        return _pixels(load_image(source))
+    where, data = _read(source)
+    image = _open(data, where)
+    _require_size(image, where)
+    found = _jpeg_pixels(data, image)
+    return _pixels(_rgb(image, where)) if found is None else found
+
+
+def _jpeg_pixels(data: bytes, image: Image.Image) -> UInt8[np.ndarray, "y x 4"] | None:
+    """By the decoder that Pillow has too, without the copies; None is for Pillow to judge."""
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
+            return None  # of two headers Pillow's is the one whose size was checked
+        return simplejpeg.decode_jpeg(data, "RGBX")
+    except Exception:  # noqa: BLE001  (any damage, also what Pillow puts up with)
+        return None
+
+
+def _pixels(image: Image.Image) -> UInt8[np.ndarray, "y x 4"]:
+    """Of an RGB image, as Pillow keeps them: the fourth byte says nothing."""
+    data = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
+    return data.reshape(image.height, image.width, 4)
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -162,15 +204,19 @@ def _open(data: bytes, where: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image, where: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(where)
-    if image.width * image.height == 0:
-        raise InputError(f"image in {where}: it has no pixels; give another")
+    _require_size(image, where)
     try:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # noqa: BLE001
         raise _broken(where, error) from None
+
+
+def _require_size(image: Image.Image, where: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(where)
+    if image.width * image.height == 0:
+        raise InputError(f"image in {where}: it has no pixels; give another")
 
 
 def _too_large(where: str) -> InputError:
@@ -180,17 +226,6 @@ def _too_large(where: str) -> InputError:
 def _broken(where: str, error: Exception) -> InputError:
     why = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"image in {where}: damaged ({why}); replace the file")
-
-
-def _write(tiles: UInt8[np.ndarray, "c 3 y x"], image: Image.Image, grid: Grid) -> None:
-    """One colour after the other: Pillow unpacks them far faster than numpy turns pixels round."""
-    size = tiles.shape[-1]
-    for channel, colour in enumerate("RGB"):
-        plane = np.frombuffer(image.tobytes("raw", colour), np.uint8)
-        plane = plane.reshape(image.height, image.width)
-        for tile, (row, column) in enumerate(np.ndindex(grid)):
-            part = plane[row * size :, column * size :][:size, :size]
-            tiles[tile, channel, : part.shape[0], : part.shape[1]] = part
 
 
 def preprocessor_json(vision: VisionConfig) -> bytes:

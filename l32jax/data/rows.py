@@ -12,7 +12,7 @@ from jaxtyping import Int32
 
 from l32jax.config import Behaviour, LlamaConfig, VisionConfig
 from l32jax.data.features import Features
-from l32jax.data.images import Grid, ImageSource, load_image, preprocess
+from l32jax.data.images import Grid, ImageSource, preprocess
 from l32jax.data.samples import Document, Sample
 from l32jax.errors import InputError
 
@@ -238,7 +238,7 @@ def _require_slots(aspect: np.ndarray, vision: VisionShape) -> None:
 
 def _write_tiles(tiles: np.ndarray, image: ImageSource, vision: VisionShape) -> Grid:
     size, max_tiles = vision.encoder.image_size, vision.max_tiles
-    _, grid = preprocess(load_image(image), tile_size=size, max_tiles=max_tiles, out=tiles)
+    _, grid = preprocess(image, tile_size=size, max_tiles=max_tiles, out=tiles)
     return grid
 
 

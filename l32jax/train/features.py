@@ -24,7 +24,7 @@ from l32jax.config_text import to_json
 from l32jax.data.batches import own_rows, place
 from l32jax.data.feature_parts import UNIT, Kind, Part, Unit
 from l32jax.data.features import Features, image_key, list_images, part_of, require_kind, write_kind
-from l32jax.data.images import Grid, load_image, preprocess
+from l32jax.data.images import Grid, preprocess
 from l32jax.data.records import Bad
 from l32jax.data.samples import Sample
 from l32jax.data.sources.open import open_source
@@ -242,8 +242,7 @@ def _decode(source: Source, entry: Any, kind: Kind) -> Decoded | str:
     try:
         if image_key(image).rstrip(b"\0") != entry["key"]:
             return "image of a source: it has changed since the images were listed"
-        picture = load_image(image)
-        found = Decoded(*preprocess(picture, tile_size=kind.image_size, max_tiles=kind.max_tiles))
+        found = Decoded(*preprocess(image, tile_size=kind.image_size, max_tiles=kind.max_tiles))
     except InputError as error:
         return str(error)
     if found.grid != (int(entry["rows"]), int(entry["columns"])):

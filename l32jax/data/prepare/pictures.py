@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image as Pillow
 
-from l32jax.data.images import RESAMPLE, choose_grid, fit, load_image
+from l32jax.data.images import choose_grid, fit, load_image, resized
 from l32jax.data.prepare.config import ImageRules
 from l32jax.data.prepare.content import Removed, with_images
 from l32jax.data.records import Record, image_size
@@ -48,7 +48,7 @@ def _shrunk(data: bytes, picture: Pillow.Image, tile_size: int, max_tiles: int) 
     if height >= picture.height and width >= picture.width:
         return data
     file = io.BytesIO()
-    smaller = picture.resize((width, height), RESAMPLE)
+    smaller = resized(picture, (height, width))
     if data.startswith(LOSSY):
         smaller.save(file, "JPEG", quality=JPEG_QUALITY)
     else:
