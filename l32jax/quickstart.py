@@ -115,14 +115,8 @@ def stages() -> tuple[StageConfig, ...]:
     )
 
 
-def run(directory: str | Path, *, seed: int = 0) -> float:
-    """Trains, evaluates, exports and draws; returns the accuracy on the test split.
-
-    A run that was stopped goes on where it was. Everything it makes is below `directory`.
-    """
-    directory = Path(directory)
-    tokenizer = make_tokenizer()
-    config = TrainConfig(
+def run_config(directory: str | Path, tokenizer: Tokenizer, *, seed: int = 0) -> TrainConfig:
+    return TrainConfig(
         model=model_config(tokenizer.num_tokens),
         stages=stages(),
         directory=str(directory),
@@ -130,6 +124,16 @@ def run(directory: str | Path, *, seed: int = 0) -> float:
         log_every=25,
         mesh=MeshConfig(),
     )
+
+
+def run(directory: str | Path, *, seed: int = 0) -> float:
+    """Trains, evaluates, exports and draws; returns the accuracy on the test split.
+
+    A run that was stopped goes on where it was. Everything it makes is below `directory`.
+    """
+    directory = Path(directory)
+    tokenizer = make_tokenizer()
+    config = run_config(directory, tokenizer, seed=seed)
     mesh = make_mesh(config.mesh)
     train(config, tokenizer, None, mesh)
     model = load(directory, mesh=mesh)

@@ -1,5 +1,6 @@
 """Every config in configs/: what it says, and that its steps can be traced at their full size."""
 
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -72,3 +73,10 @@ def test_a_config_says_how_to_run_it_and_what_to_expect(path):
     docstring = path.read_text().split('"""')[1]
     assert f"l32jax train configs/{path.name}" in docstring
     assert "CPU" in docstring or "pod" in docstring
+
+
+def test_the_twin_has_the_tokenizer_that_it_can_make():
+    twin = runpy.run_path(str(CONFIGS[0].with_name("vision_twin.py")))
+    made = twin["make_tokenizer"]()
+    assert made.files()["tokenizer.model"] == twin["TOKENIZER"].read_bytes()
+    assert made.num_tokens == twin["MODEL"].decoder.vocab_size

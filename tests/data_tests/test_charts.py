@@ -13,7 +13,6 @@ from l32jax.data.charts.draw import draw
 from l32jax.data.charts.looks import SEEN, UNSEEN
 from l32jax.data.charts.questions import final_answer, questions, reply
 from l32jax.data.charts.scenes import LARGE, SIZES, TINY, WORDS, Charts, Scene, description
-from l32jax.data.charts.sheet import CAPTION, CELL, contact_sheet
 from l32jax.data.charts.source import SPLITS, open_charts
 from l32jax.data.charts.strokes import GLYPHS
 from l32jax.data.charts.typefaces import SEEN_FACES, UNSEEN_FACES, Face, text_mask
@@ -42,10 +41,10 @@ def test_a_record_depends_on_seed_split_and_number_alone(difficulty):
 def test_records_stay_the_same_from_release_to_release():
     told = [description(scene) for scene in some(Charts("train"), 4)]
     assert told == [
-        "table: 2 sale, 7 lamp",
-        "bars lamp: 8 orange, 7 blue, 3 red",
-        "table: 9 open, 1 soup, 7 tea",
-        "table: 7 bus, 1 rice",
+        "table: sale2, lamp7",
+        "bars lamp: orange8, blue7, red3",
+        "table: open9, soup1, tea7",
+        "table: bus7, rice1",
     ]
 
 
@@ -79,9 +78,9 @@ def test_every_answer_follows_from_the_description(difficulty):
 def answer_from(shown: str, asked: str) -> str:
     """By another way than the generator's: from words alone."""
     head, _, body = shown.partition(": ")
-    rows = [row.split() for row in body.split(", ")]
-    goods = [row for row in rows if row[-1] != "total"]
-    numbers = {row[-1]: int(row[0]) for row in goods if row[0].isdigit()}
+    rows = [re.findall(r"[a-z]+|\d+", row) for row in body.split(", ")]
+    goods = [(name, row) for name, *row in rows if row and name != "total"]
+    numbers = {name: int(row[0]) for name, row in goods if row[0].isdigit()}
     if asked == "what does the sign say?":
         return body
     if asked == "what color is the sign?":
@@ -89,13 +88,13 @@ def answer_from(shown: str, asked: str) -> str:
     if asked == "what is the title?":
         return head.split()[1]
     if asked == "what comes after total?":
-        return rows[-1][0]
+        return rows[-1][1]
     if asked.startswith("how many"):
         return str(len(body.split()) if "sign" in head else len(rows))
     if match := re.search(r"(?:row|line) (\d)\?", asked):
-        return rows[int(match[1]) - 1][-1]
+        return rows[int(match[1]) - 1][0]
     if match := re.match(r"what is (a|b) of (\w+)\?", asked):
-        return next(row for row in rows if row[-1] == match[2])["ab".index(match[1])]
+        return next(row for name, *row in rows if name == match[2])["ab".index(match[1])]
     named = [word for word in re.findall(r"\w+", asked.removeprefix("is a of")) if word in numbers]
     if re.search("^(is|does) ", asked):
         return "yes" if numbers[named[-2]] > numbers[named[-1]] else "no"
@@ -187,11 +186,11 @@ def test_sources_tell_what_they_say_they_tell():
     tokenizer = Tokenizer.bytes_only()
     chat = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}how high is orange?"
     chat += "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{}8<|eot_id|>"
-    shown, image = "bars lamp: 8 orange, 7 blue, 3 red", "<|image|>"
+    shown, image = "bars lamp: orange8, blue7, red3", "<|image|>"
     expected = {
         ("train", True): chat.format(image, ""),
-        ("train/reasoned", True): chat.format(image, f"{shown}. orange 8. "),
-        ("train/reasoned", False): chat.format("", f"{shown}. orange 8. "),
+        ("train/reasoned", True): chat.format(image, f"{shown}. orange8. "),
+        ("train/reasoned", False): chat.format("", f"{shown}. orange8. "),
         ("train/captions", True): f"<|begin_of_text|>{image}{shown}<|end_of_text|>",
         ("train/captions", False): f"<|begin_of_text|>{shown}<|end_of_text|>",
     }
@@ -203,13 +202,11 @@ def test_sources_tell_what_they_say_they_tell():
 
 def test_what_a_blind_model_could_only_guess_weighs_little():
     tokenizer = Tokenizer.bytes_only()
-    shown = len("bars lamp: 8 orange, 7 blue, 3 red")
+    shown = len("bars lamp: orange8, blue7, red3")
     for with_images, guess in ((True, 1.0), (False, GUESS_WEIGHT)):
         document = open_charts("train/reasoned", tokenizer, with_images)[1].documents[0]
         begin = document.weights.index(guess)
-        assert list(document.weights[begin:]) == [guess] * shown + [1.0] * (
-            len(". orange 8. 8") + 1
-        )
+        assert list(document.weights[begin:]) == [guess] * shown + [1.0] * (len(". orange8. 8") + 1)
         assert not any(document.weights[:begin])
 
 
@@ -225,13 +222,13 @@ def test_samples_become_rows(kind):
     assert (row["aspect"][0].prod() == 4) or kind.startswith("large")
 
 
+def test_samples_tell_where_they_are():
+    source = open_charts("large/test", Tokenizer.bytes_only(), True)
+    assert source[17].place == "charts/large/test picture 17"
+    assert source[-1].place == f"charts/large/test picture {len(source) - 1}"
+
+
 def test_an_unknown_kind_is_an_error_that_names_the_known_ones():
     for kind in ("train/open", "valid", "", "large/large/train"):
         with pytest.raises(InputError, match="train/captions.*test-unseen"):
             open_charts(kind, Tokenizer.bytes_only(), True)
-
-
-def test_a_contact_sheet_has_a_cell_for_each_record(tmp_path):
-    sheet = contact_sheet(some(Charts("test"), 7))
-    assert sheet.size == (6 * CELL, 2 * (CELL + CAPTION))
-    sheet.save(tmp_path / "sheet.png")

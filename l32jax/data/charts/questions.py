@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from l32jax.data.charts.scenes import LETTERS, Question, Scene, total
+from l32jax.data.charts.scenes import LETTERS, Question, Scene, row_text, total
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -24,13 +24,13 @@ def reply(scene_description: str, question: Question) -> str:
 
 
 def final_answer(told: str) -> str:
-    """What a reply comes down to: "red" of "bars: 7 red, 3 blue. red"."""
+    """What a reply comes down to: "red" of "bars: red7, blue3. red"."""
     return told.strip().rpartition(". ")[2]
 
 
 def _about_bars(scene: Scene) -> Iterator[Question]:
     for name, number in scene.firsts.items():
-        yield Question("value", f"how high is {name}?", str(number), f"{name} {number}")
+        yield Question("value", f"how high is {name}?", str(number), row_text(name, number))
     yield Question("most", "which bar is highest?", _most(scene))
     yield Question("least", "which bar is lowest?", _least(scene))
     yield _comparison(scene, "is {} higher than {}?")
@@ -41,7 +41,7 @@ def _about_bars(scene: Scene) -> Iterator[Question]:
 def _about_line(scene: Scene) -> Iterator[Question]:
     for name, number in scene.firsts.items():
         text = f"how high is the line at {name}?"
-        yield Question("value", text, str(number), f"{name} {number}")
+        yield Question("value", text, str(number), row_text(name, number))
     yield Question("most", "where is the line highest?", _most(scene))
     yield Question("least", "where is the line lowest?", _least(scene))
     yield _comparison(scene, "is it higher at {} than at {}?")
@@ -51,7 +51,7 @@ def _about_line(scene: Scene) -> Iterator[Question]:
 
 def _about_table(scene: Scene) -> Iterator[Question]:
     for name, numbers in scene.rows:
-        row = " ".join([name, *map(str, numbers)])
+        row = row_text(name, *numbers)
         for column, number in zip(LETTERS, numbers, strict=False):
             yield Question("value", f"what is {column} of {name}?", str(number), row)
     yield Question("most", "which row has the highest a?", _most(scene))
@@ -63,7 +63,7 @@ def _about_table(scene: Scene) -> Iterator[Question]:
 
 def _about_receipt(scene: Scene) -> Iterator[Question]:
     for name, number in scene.firsts.items():
-        yield Question("value", f"what does {name} cost?", str(number), f"{name} {number}")
+        yield Question("value", f"what does {name} cost?", str(number), row_text(name, number))
     yield Question("total", "what comes after total?", str(total(scene)))
     yield Question("most", "what costs most?", _most(scene))
     yield Question("least", "what costs least?", _least(scene))
@@ -93,7 +93,12 @@ def _comparison(scene: Scene, text: str) -> Question:
     first, second = rng.sample(scene.names, 2)
     a, b = scene.firsts[first], scene.firsts[second]
     answer = "yes" if a > b else "no"
-    return Question("compare", text.format(first, second), answer, f"{first} {a}, {second} {b}")
+    return Question(
+        "compare",
+        text.format(first, second),
+        answer,
+        f"{row_text(first, a)}, {row_text(second, b)}",
+    )
 
 
 def _most(scene: Scene) -> str:

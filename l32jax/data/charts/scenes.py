@@ -177,14 +177,23 @@ def _numbers(
 
 
 def description(scene: Scene) -> str:
-    """Everything that is on the picture, "bars: 3 red, 7 blue"; every answer follows from it."""
+    """Everything that is on the picture, "bars: red3, blue7"; every answer follows from it."""
     if scene.picture == "sign":
         return f"{scene.plate} sign: {' '.join(scene.names)}"
     begin = f"{scene.picture} {scene.title}" if scene.title else scene.picture
-    rows = [" ".join([*map(str, numbers), name]) for name, numbers in scene.rows]
+    rows = [row_text(name, *numbers) for name, numbers in scene.rows]
     if scene.picture == "receipt":
-        rows.append(f"{total(scene)} total")
+        rows.append(row_text("total", total(scene)))
     return f"{begin}: {', '.join(rows)}"
+
+
+def row_text(name: str, *numbers: int) -> str:
+    """A name and its numbers, "red3", "tea30 50".
+
+    The first joins the name without a space, which in Llama's tokenizer is a token of its own where
+    digits follow: what comes after a name should be its number, for a small model to look up.
+    """
+    return name + " ".join(map(str, numbers))
 
 
 def total(scene: Scene) -> int:

@@ -1,8 +1,8 @@
 """Charts and documents as samples: "charts/NAME" in a mixture.
 
 train             every question about each picture, each a short chat
-train/captions    what each picture shows: "bars: 3 red, 7 blue"
-train/reasoned    the questions, with what is seen before each answer: "bars: 3 red, 7 blue. blue"
+train/captions    what each picture shows: "bars: red3, blue7"
+train/reasoned    the questions, with what is seen before each answer: "bars: red3, blue7. blue"
 test              other pictures of the same looks and typefaces
 test-unseen       pictures of looks and typefaces that are held out (`looks` lists them)
 large/…           any of these in 300 to 1000 pixels, with names, legends and numbers on the axes
@@ -43,16 +43,17 @@ def open_charts(kind: str, tokenizer: Tokenizer, with_images: bool) -> Sequence[
             f"{', '.join(SPLITS)}, and the same after {LARGER}"
         )
     scenes = Charts(SPLITS[plain], TINY if plain == kind else LARGE)
-    return ChartSamples(scenes, plain.partition("/")[2], tokenizer, with_images)
+    return ChartSamples(f"charts/{kind}", scenes, plain.partition("/")[2], tokenizer, with_images)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChartSamples(Sequence[Sample]):
     """The pictures of a split as samples, which are drawn when looked at and not kept.
 
-    kind: "" for questions, "captions", or "reasoned".
+    name: for messages. kind: "" for questions, "captions", or "reasoned".
     """
 
+    name: str
     scenes: Charts
     kind: str
     tokenizer: Tokenizer
@@ -64,7 +65,8 @@ class ChartSamples(Sequence[Sample]):
     def __getitem__(self, index):
         scene = self.scenes[index]
         images = (draw(scene),) if self.with_images else ()
-        return Sample(tuple(self._documents(scene)), images)
+        place = f"{self.name} picture {range(len(self))[index]}"
+        return Sample(tuple(self._documents(scene)), images, place)
 
     def _documents(self, scene: Scene) -> Iterator[Document]:
         shown, images = description(scene), (0,) if self.with_images else ()
