@@ -7,11 +7,10 @@ The language model is frozen: what trains is a small image encoder and the cross
 18.5 of 153 million parameters. Rows are short, as most of a step goes through the language model;
 captions are a few words, and five pictures share a row. Needs the extra `quickstart` for the data.
 
-A shorter run, 220 and 80 steps, took 29 minutes on two CPU cores with other work on them. Of 512
-test pictures it then named the color of 99.8 % and the shape of 55 %, after stage 1; of 512 test
-questions, after stage 2, it answered 42 % right, two thirds of those for a color or shape. That is
-less than the 67 % of guessing each question's commonest answer: yes or no takes longer to learn.
-The steps below are more than those, and were not run to their end.
+On one CPU core of a current server it took just under an hour, half for each stage. Then
+`python -m benchmarks.smollm2_vision FILE.gguf runs/smollm2_vision` asked every tenth test question:
+89.3 % of 968 right, 92 % of those for a color or shape and 88 % of those for yes or no; 67 % is
+what the questions alone give away. None of the text logits had changed in any bit.
 """
 
 import dataclasses
@@ -48,10 +47,10 @@ def config() -> TrainConfig:
     return TrainConfig(
         model=with_vision(SMOLLM2_135M, TOWER, every=6),
         stages=(
-            _with_open_gates(vision_stage1(captions, num_steps=400, peak_lr=PEAK_LR)),
+            _with_open_gates(vision_stage1(captions, num_steps=500, peak_lr=PEAK_LR)),
             _with_open_gates(
                 vision_stage2_anneal(
-                    questions, num_steps=150, image_size=TOWER.image_size, peak_lr=PEAK_LR / 3
+                    questions, num_steps=500, image_size=TOWER.image_size, peak_lr=PEAK_LR * 2 / 3
                 )
             ),
         ),
