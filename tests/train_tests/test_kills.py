@@ -16,7 +16,12 @@ from PIL import Image
 
 from l32jax.config import MeshConfig
 from l32jax.config_text import to_json
+from l32jax.conversion.convert import save
+from l32jax.data.tokenizer import Tokenizer
+from l32jax.generate.model import Model
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.sharding import single_device_mesh
+from tests.checkpoint_tests.weights import random_params
 from tests.train_tests.small import MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +49,16 @@ def source(tmp_path_factory) -> str:
     return str(folder / "documents.jsonl")
 
 
-def config_in(directory: Path, source: str) -> TrainConfig:
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory) -> str:
+    """A model to start from: to compile how random ones are made takes most of a start."""
+    folder = str(tmp_path_factory.mktemp("beginning") / "model")
+    mesh = single_device_mesh()
+    save(Model(MODEL, random_params(MODEL, mesh), Tokenizer.bytes_only(), mesh), folder, to="orbax")
+    return folder
+
+
+def config_in(directory: Path, source: str, beginning: str) -> TrainConfig:
     """Two stages: packed rows, microbatches, a change of resolution, an average at the end."""
 
     def stage(name: str, num_steps: int, **changes) -> StageConfig:
@@ -72,6 +86,7 @@ def config_in(directory: Path, source: str) -> TrainConfig:
             stage("stage2", NUM_STEPS[1], image_size=56, average="polyak", average_from=0.5),
         ),
         directory=str(directory),
+        start_from=beginning,
         mesh=MeshConfig(data=-1, fsdp=1),
         save_every=5,
         log_every=1,
@@ -81,11 +96,11 @@ def config_in(directory: Path, source: str) -> TrainConfig:
 class Run:
     """A run in processes of its own, which can be killed and started again."""
 
-    def __init__(self, folder: Path, source: str, processes: int):
+    def __init__(self, folder: Path, source: str, beginning: str, processes: int):
         folder.mkdir()
         self.metrics = folder / "run" / "metrics.jsonl"
         self._config, self._errors = folder / "config.json", folder / "errors.txt"
-        self._config.write_text(to_json(config_in(folder / "run", source)))
+        self._config.write_text(to_json(config_in(folder / "run", source, beginning)))
         self._number = processes
 
     def start(self) -> list[subprocess.Popen]:
@@ -135,16 +150,16 @@ class Run:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("processes", [1])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_losses_of_a_run_killed_ten_times_are_those_of_one_never_stopped(
-    processes, source, tmp_path
+    processes, source, beginning, tmp_path
 ):
-    whole = Run(tmp_path / "whole", source, processes)
+    whole = Run(tmp_path / "whole", source, beginning, processes)
     whole.finish()
     assert len(whole.losses()) == sum(NUM_STEPS)
     assert len(set(whole.losses().values())) == sum(NUM_STEPS)
 
-    killed = Run(tmp_path / "killed", source, processes)
+    killed = Run(tmp_path / "killed", source, beginning, processes)
     chance = random.Random(processes)
     kills = sum(
         killed.kill_after(chance.randrange(0, 9), chance.random() / 10) for _ in range(KILLS)
