@@ -51,7 +51,7 @@ class DataConfig:
     mirror_images: left and right swapped in half of the images, where answers allow it.
     packing: which samples share a row: the row with the least room that is enough takes the next
       one, the first such row does, or none shares ("none").
-    packing_rows: rows of a stream that are open at once; more leave less room unused.
+    packing_rows: rows of a stream that are open at once, about; more leave less room unused.
     max_bad: share of the records that may be unusable; above it the run fails.
     workers: processes beside each that trains, which make its rows; 0 for a thread of its own.
     features: a folder for what a frozen image encoder makes of each image, which is then computed

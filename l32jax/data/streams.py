@@ -69,11 +69,22 @@ def make_streams(
             _Accepted(records.slice(slice(number, None, count)).to_iter_dataset(READ_WHEN_ASKED)),
             rows.shape,
             packing=rows.packing,
-            open_rows=rows.open_rows,
+            open_rows=_staggered(rows.open_rows, number),
             seed=seed + number,
         ).map(_Made(rows.shape, rows.features))
         for number in range(count)
     ]
+
+
+def _staggered(open_rows: int, number: int) -> int:
+    """A stream's own number of open rows, up to a quarter more or less.
+
+    Grain gives out all of them when one more sample does not fit, and then fills as many again.
+    Streams with as many would all do so at the same steps, and devices would wait there. Multiples
+    of the golden ratio lie apart for any run of neighbours, such as the streams of one process.
+    """
+    part = number * (math.sqrt(5) - 1) / 2 % 1
+    return max(round(open_rows * (0.75 + part / 2)), 1)
 
 
 def in_turn(

@@ -13,7 +13,7 @@ from l32jax.data.packing import RowShape
 from l32jax.data.records import Bad
 from l32jax.data.rows import make_row, stack
 from l32jax.data.samples import Sample
-from l32jax.data.streams import Rows
+from l32jax.data.streams import Rows, in_turn, make_streams
 from l32jax.errors import InputError
 from l32jax.sharding import make_mesh
 from tests.data_tests.pictures import IMAGE_ID, VISION, png, samples
@@ -278,3 +278,33 @@ def test_placed_batches_are_sharded_over_their_rows():
         assert array.sharding.spec[0] == ("data", "fsdp")
         assert array.addressable_shards[0].data.shape[0] == 2
         assert np.array_equal(jax.device_get(array), local[name])
+
+
+class Counted(list):
+    """Samples that tell how often one was read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_streams_read_at_different_steps(processes):
+    """If all filled their open rows at once, devices would wait for that again and again."""
+    count, open_rows = 32, 16
+    source = Counted(words(*range(500)))
+    rows = Rows(shape=RowShape(length=8), open_rows=open_rows)
+    streams = make_streams([source], [1.0], rows, count=count, seed=0)
+    local = count // processes
+    turns = iter(in_turn(dict(list(enumerate(streams))[-local:]), {}, workers=0))
+    read = []
+    for _ in range(10 * open_rows):
+        before = source.reads
+        for _ in range(local):
+            next(turns)
+        read.append((source.reads - before) / local)
+    settled = read[3 * open_rows :]
+    assert np.mean(settled) == pytest.approx(4, rel=0.1)  # samples of a row
+    assert max(settled) < 4 * open_rows / 2
