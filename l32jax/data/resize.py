@@ -39,9 +39,13 @@ def resize_into(
 
     tiles: in row-major order, `columns` to a row; what the image does not cover stays as it is.
     pixels: contiguous; the fourth byte of a pixel is ignored.
+
+    Raises:
+      ValueError: the tiles do not hold it.
     """
-    rows = -(-size[0] // tiles.shape[2])  # nothing compiled here looks at bounds
-    assert rows * columns <= len(tiles) and size[1] <= columns * tiles.shape[3]
+    rows = -(-size[0] // tiles.shape[2])
+    if rows * columns > len(tiles) or size[1] > columns * tiles.shape[3]:
+        raise ValueError(f"{size} on {tiles.shape}")  # nothing compiled here looks at bounds
     height, width = pixels.shape[:2]
     image = pixels.view(np.uint32).reshape(height, width)
     if _vertical_first((height, width), size):

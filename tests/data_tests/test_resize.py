@@ -131,3 +131,10 @@ def test_bombs_among_jpeg_files_are_refused_before_decoding():
     data[at : at + 4] = np.array([60_000, 60_000], ">u2").tobytes()
     with pytest.raises(InputError, match="pixels"):
         preprocess(bytes(data), tile_size=28)
+
+
+@pytest.mark.parametrize("size", [(17, 8), (8, 9)])
+def test_tiles_that_do_not_hold_the_image_are_refused(size):
+    tiles, pixels = np.zeros((2, 3, 8, 8), np.uint8), np.zeros((20, 20, 4), np.uint8)
+    with pytest.raises(ValueError, match="on "):
+        resize.resize_into(tiles, pixels, size, columns=1)
