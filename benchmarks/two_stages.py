@@ -270,11 +270,11 @@ def main() -> None:
     tasks = {"easy-vqa": easy_vqa_task, "charts": charts_task}
     parser.add_argument("--only", choices=tasks, help="prints results and writes no page")
     options = parser.parse_args()
-    results = {}
+    directory, results = options.directory.absolute(), {}
     for name in [options.only] if options.only else tasks:
-        task = tasks[name](options.directory)
+        task = tasks[name](directory)
         run(task)
-        results[task.name] = results_of(task, options.directory / f"{name}.json")
+        results[task.name] = results_of(task, directory / f"{name}.json")
     print(text := page(results))
     if not options.only:
         draw_curves(results, ROOT / "docs" / "pictures" / "two_stages.svg")
