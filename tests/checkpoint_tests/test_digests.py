@@ -38,7 +38,7 @@ def test_untouched_files_have_no_problems(directory):
     assert digests.problems(directory) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     contents=st.dictionaries(
         st.sampled_from(["a", "b.bin", "c/d", "c/e/f", "ünïcode name"]), st.binary(max_size=300)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import scipy.linalg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from l32jax.checkpoint import meta_files, meta_quantised, torch_file
@@ -151,7 +151,6 @@ def test_rotation_is_that_of_hadamards_matrix(size):
     np.testing.assert_allclose(meta_quantised.rotated(rotated), values, atol=1e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10), st.integers(0, 2**32))
 def test_rotation_keeps_lengths(exponent, seed):
     values = np.random.default_rng(seed).standard_normal((2, 1 << exponent)).astype(np.float32)

@@ -74,7 +74,7 @@ def test_captions_and_conversations_are_not_held_to_the_rules_of_prose():
         assert good_text(record, TextRules()) == record
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=300))
 def test_any_text_is_judged(content):
     rules = TextRules(min_words=0)
@@ -199,7 +199,7 @@ def test_of_a_group_the_first_stays_and_what_is_like_nothing_before():
     assert later_ones(checks, rules) == [2, 3, 4]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 2**64 - 1)), st.integers(1, 9))
 def test_parts_of_keys_are_all_keys_once(keys, parts):
     bands = np.sort(np.array([(key, 0) for key in keys], BAND), order="key")

@@ -6,7 +6,7 @@ import math
 import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -38,7 +38,6 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
 SIDES = st.integers(1, 600)
 
 
-@settings(deadline=None)  # the first example compiles
 @given(SIDES, SIDES, st.sampled_from([28, 56, 224]), st.integers(1, 4), st.integers(0, 99))
 def test_tiles_are_pillows_pixels(height, width, tile, max_tiles, seed):
     image = picture(seed, height, width)
@@ -55,7 +54,6 @@ def test_tiles_of_every_grid_are_pillows_pixels(grid, scale):
     np.testing.assert_array_equal(tiles, on_a_canvas(image, 28, 4))
 
 
-@settings(deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 99))
 def test_any_change_of_shape_is_pillows(height, width, new_height, new_width, seed):
     image, size = picture(seed, height, width), (new_height, new_width)
@@ -113,7 +111,6 @@ def outcome(source: bytes, *, by_pillow: bool) -> np.ndarray | str:
         return str(error)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_of_damaged_jpeg_files_pillow_is_the_judge(data):
     options = data.draw(st.sampled_from([{}, {"progressive": True}, {"subsampling": 0}]))

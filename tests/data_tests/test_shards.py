@@ -68,7 +68,7 @@ def test_samples_come_back_in_order_from_threads_and_pickles(tmp_path):
         opened[50]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.lists(
@@ -93,7 +93,7 @@ def test_encoding_is_exact(documents, images):
     assert decode_sample(encode_sample(sample)) == sample
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 10**6), st.integers(0, 7))
 def test_no_bit_of_an_encoded_sample_changes_unnoticed(at, bit):
     data = bytearray(encode_sample(some_samples(1, seed=at)[0]))
@@ -102,7 +102,7 @@ def test_no_bit_of_an_encoded_sample_changes_unnoticed(at, bit):
         decode_sample(bytes(data))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_rubbish_with_the_right_digest_is_no_sample(data):
     from l32jax.data import shards

@@ -198,7 +198,7 @@ def covered(found, num_tokens: int, num_keys: int) -> np.ndarray:
     return sees
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
 def test_segments_are_the_intervals(pairs):
     start, stop = np.array(pairs, np.int32).T
@@ -294,7 +294,7 @@ def test_hostile_text_is_shown_and_inert(text):
     poster(told)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=40))
 def test_any_text_is_shown_as_text(text):
     row = make_row([Sample((document(text),))], length=200)

@@ -25,7 +25,7 @@ FORMATS = pytest.mark.parametrize("form", WRITERS)
 
 @FORMATS
 @given(texts=st.lists(TEXTS, min_size=1, max_size=8))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_is_written_is_read(form, texts):
     pairs = [(text, png(number)) for number, text in enumerate(texts)]
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def written(request, tmp_path_factory):
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_damaged_byte_costs_no_more_than_its_unit(written, data):
     form, name, path, content = written
     damaged = bytearray(content)
@@ -92,7 +92,7 @@ def names_of_columns(form: str, content: bytes) -> range:
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_file_that_ends_early_raises_nothing_but_input_errors(written, data):
     _, name, path, content = written
     path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])

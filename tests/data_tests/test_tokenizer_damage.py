@@ -173,7 +173,7 @@ def test_another_familys_ranks_are_refused(tmp_path):
     refused(other, "it has 200000 ranks and Llama 3 has 128000")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_random_damage_is_refused_or_harmless(damageable, data):
     """Either one line that names the file, or a tokenizer that works."""

@@ -48,7 +48,7 @@ ROWS = st.lists(
 ).map(lambda rows: np.array(rows) / 50)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     ROWS,
     st.integers(0, VOCAB + 1),
@@ -66,7 +66,7 @@ def test_kept_tokens_are_those_of_the_definition(scores, top_k, top_p, min_p):
         assert set(np.flatnonzero(stays).tolist()) == oracle(row, top_k, top_p, min_p)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ROWS)
 def test_neutral_settings_keep_everything(scores):
     assert kept(scores).all()
@@ -88,7 +88,7 @@ def draw(scores, seeds, *, temperature=1.0, top_k=0) -> np.ndarray:
     return np.asarray(sampled(jnp.float32(scores), keys, jnp.float32(temperature), *rules))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(ROWS, st.lists(st.integers(0, 2**31 - 1), min_size=3, max_size=3))
 def test_a_draw_depends_on_its_own_row_and_seed_alone(scores, seeds):
     first = draw(scores, seeds)

@@ -257,7 +257,7 @@ def test_only_gathering_takes_room_for_all_keys(method, keys):
         assert ("ppermute" in names) == (method == "ring")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 6))
 def test_a_device_stores_an_early_chunk_and_a_late_one(num_shards, chunk):
     length = 2 * num_shards * chunk
@@ -272,7 +272,7 @@ def test_a_device_stores_an_early_chunk_and_a_late_one(num_shards, chunk):
         assert np.array_equal(late, (2 * num_shards - 1 - shard) * chunk + inside)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 6))
 def test_every_device_has_the_same_causal_work_at_every_step(num_shards, chunk):
     held = context.balanced_order(2 * num_shards * chunk, num_shards).reshape(num_shards, -1)

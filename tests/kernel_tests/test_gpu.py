@@ -111,7 +111,7 @@ def assert_close(ours, theirs, limit: float, least: float = 0.0):
     np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=0, atol=limit * size)
 
 
-@settings(max_examples=48, deadline=None)
+@settings(max_examples=48)
 @given(
     st.sampled_from(SHAPES),
     st.sampled_from(sorted(LIMITS)),

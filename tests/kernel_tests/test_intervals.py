@@ -40,7 +40,7 @@ def in_tiles(seen, block: int, key_block: int) -> list[list[np.ndarray]]:
     return [in_blocks(rows, 2, key_block) for rows in in_blocks(seen, 1, block)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 def test_clipped_intervals_see_the_same_and_stay_inside(case):
     start, stop, num_keys = case
@@ -50,7 +50,7 @@ def test_clipped_intervals_see_the_same_and_stay_inside(case):
     assert not first[first == last].any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), st.data())
 def test_shards_see_their_part(case, data):
     start, stop, num_keys = case
@@ -61,7 +61,7 @@ def test_shards_see_their_part(case, data):
     assert (visible(*shard, end - begin) == part).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), BLOCKS)
 def test_hulls_hold_every_visible_key_and_no_more(case, block):
     start, stop, num_keys = case
@@ -73,7 +73,7 @@ def test_hulls_hold_every_visible_key_and_no_more(case, block):
             assert (seen.first[b, index], seen.last[b, index]) == tight
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), BLOCKS)
 def test_every_row_of_a_full_block_sees_what_every_row_is_said_to_see(case, block):
     start, stop, num_keys = case
@@ -85,7 +85,7 @@ def test_every_row_of_a_full_block_sees_what_every_row_is_said_to_see(case, bloc
         assert (inside[:, 0] == (rows.all(axis=1) & full)).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), BLOCKS, BLOCKS)
 def test_blocks_left_out_hold_no_visible_key(case, block, key_block):
     start, stop, num_keys = case
@@ -98,7 +98,7 @@ def test_blocks_left_out_hold_no_visible_key(case, block, key_block):
             assert (active[:, index, key_index] >= tile.any(axis=(1, 2))).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), BLOCKS, BLOCKS)
 def test_whole_blocks_are_those_without_an_unseen_key(case, block, key_block):
     start, stop, num_keys = case
@@ -123,7 +123,7 @@ def merged(scores, values, parts):
     return intervals.merge(*(tuple(jnp.asarray(x, jnp.float32) for x in piece) for piece in pieces))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**31), st.integers(0, 9), st.floats(0, 1), st.sampled_from([1.0, 80.0]))
 def test_merging_two_sets_of_keys_is_attention_over_both(seed, cut, unseen, size):
     random = np.random.default_rng(seed)

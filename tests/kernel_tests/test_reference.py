@@ -135,7 +135,7 @@ def cases(draw, sizes=(0.1, 1.0, 30.0)):
 
 
 @pytest.mark.parametrize("way", FORWARD)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases())
 def test_equals_the_naive_definition(way, case):
     _, (q, k, v), start, stop = case
@@ -147,7 +147,7 @@ def test_equals_the_naive_definition(way, case):
 
 
 @pytest.mark.parametrize("way", GRADIENTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases(sizes=(0.1, 1.0)), seed=st.integers(0, 2**31))
 def test_gradients_equal_those_of_the_naive_definition(way, case, seed):
     shape, arrays, start, stop = case
@@ -178,7 +178,7 @@ def test_gradients_of_the_naive_definition_equal_finite_differences():
 
 @pytest.mark.parametrize("way", FORWARD)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(case=cases())
 def test_empty_rows_are_exactly_zero_and_have_zero_gradients(way, dtype, case):
     shape, arrays, start, stop = case
@@ -204,7 +204,7 @@ def test_empty_rows_are_exactly_zero_and_have_zero_gradients(way, dtype, case):
 
 
 @pytest.mark.parametrize("way", FORWARD)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_what_a_query_does_not_see_changes_not_a_bit(way, case, seed):
     shape, (q, k, v), start, stop = case
@@ -242,7 +242,7 @@ def test_bfloat16_is_as_close_as_its_rounding(way):
         assert way == "definition" or grad.dtype == np.float32
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases(sizes=(0.1, 1.0)), data=st.data())
 def test_halves_of_the_keys_merge_into_the_whole(case, data):
     shape, (q, k, v), start, stop = case
@@ -260,7 +260,7 @@ def naive_half(*arrays):
     return tuple(jnp.asarray(x, jnp.float32) for x in naive(*arrays))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases(sizes=(0.1, 1.0)))
 def test_attention_of_jax_with_a_mask_is_the_same(case):
     shape, arrays, start, stop = case

@@ -150,7 +150,7 @@ def check(problem: Problem, mask: Mask, seed: int, **options) -> None:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(MASKS, SEEDS)
 @example(Mask("nothing"), 0)
 @example(Mask("packed", gap=True), 0)
@@ -160,7 +160,7 @@ def test_results_and_gradients_equal_the_definition(problem, mask, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", MORE_PROBLEMS, ids=str)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(MASKS, SEEDS)
 def test_results_and_gradients_equal_the_definition_everywhere(problem, mask, seed):
     check(problem, mask, seed)
@@ -178,7 +178,7 @@ def test_two_cores_share_the_work_without_races(problem, mask):
     assert {core for _, core in STEPS} == {0, 1}
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(MASKS, SEEDS)
 @example(Mask("packed", gap=True, cut=True), 0)
 def test_blocks_that_do_not_meet_are_not_visited_and_may_hold_nan(mask, seed):
@@ -240,7 +240,7 @@ def test_a_plan_is_made_where_none_is_given():
     assert_close(lse, right.lse, LSE_LIMIT, least=1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(MASKS, SEEDS)
 def test_gradients_of_the_definition_equal_finite_differences(mask, seed):
     shape = Shape(b=2, k=2, g=2, t=9, s=11, h=3)

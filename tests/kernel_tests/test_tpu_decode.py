@@ -79,7 +79,7 @@ def cases(draw):
     return arrays, start, stop, block
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cases())
 def test_equals_the_definition(case):
     (q, k, v), start, stop, block = case
@@ -98,7 +98,7 @@ def test_equals_the_definition(case):
     assert np.isfinite(lse[~empty]).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cases())
 def test_keys_outside_the_hull_may_be_nan_and_change_not_a_bit(case):
     (q, k, v), start, stop, block = case
@@ -113,7 +113,7 @@ def test_keys_outside_the_hull_may_be_nan_and_change_not_a_bit(case):
         np.testing.assert_array_equal(one, other)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 def test_the_walk_visits_every_needed_block_once_in_order(case):
     (_, k, _), start, stop, block = case

@@ -129,7 +129,7 @@ def for_all(test):
     """Every problem once with nothing to see at all, then whatever is found."""
     for problem in PROBLEMS:
         test = example(case=Case(problem, Mask("nothing")))(test)
-    return settings(max_examples=150, deadline=None)(given(case=CASES)(test))
+    return settings(max_examples=150)(given(case=CASES)(test))
 
 
 @BOTH
