@@ -166,9 +166,12 @@ def test_ctrl_c_keeps_what_is_done(slices, tmp_path):
         time.sleep(0.002)
         return slices.read(home, rows)
 
+    # Shells let what they start in the background ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         slow = replace(slices, read=read)
         write(output_of(slow), tmp_path / "x", TASK, progress=Impatient())
+    signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "x").exists()
     write(output_of(slices), tmp_path / "x", TASK, resume=True)
 
