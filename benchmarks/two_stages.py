@@ -14,7 +14,6 @@ Needs the extra `quickstart`.
 """
 
 import argparse
-import collections
 import itertools
 import json
 import os
@@ -30,7 +29,7 @@ from l32jax import api, quickstart
 from l32jax.checkpoint.steps import Steps
 from l32jax.cli.runs import read_config
 from l32jax.data import easy_vqa
-from l32jax.data.charts import baselines
+from l32jax.data.charts.baselines import majority_answers
 from l32jax.data.charts.draw import draw
 from l32jax.data.charts.questions import final_answer
 from l32jax.data.charts.questions import questions as questions_about
@@ -93,7 +92,7 @@ def easy_vqa_task(directory: Path) -> Task:
         config=replace(config, save_every=40, keep=1000),
         tokenizer=tokenizer,
         splits={"test": asked},
-        guesses=commonest(easy_vqa.questions("train")),
+        guesses=easy_vqa.majority_answers(),
         reply_tokens=easy_vqa_evaluation.REPLY,
     )
 
@@ -106,7 +105,7 @@ def charts_task(directory: Path) -> Task:
         config=replace(config, directory=str(directory / "charts"), save_every=150, keep=1000),
         tokenizer=Tokenizer.from_file(config.tokenizer),
         splits={"test": asked_about("test"), "unseen looks": asked_about("test-unseen")},
-        guesses=commonest(baselines.asked(Charts("train", TINY), baselines.COUNTED)),
+        guesses=majority_answers(TINY),
         reply_tokens=charts_evaluation.REPLY,
     )
 
@@ -118,14 +117,6 @@ def asked_about(split: Split) -> list[Asked]:
         for image in [draw(scene)]
         for question in questions_about(scene)
     ]
-
-
-def commonest(questions: Iterable[easy_vqa.Question | baselines.Question]) -> dict[str, str]:
-    """Each question's commonest answer in training: what can be had without looking."""
-    counts = collections.defaultdict(collections.Counter)
-    for question in questions:
-        counts[question.text][question.answer] += 1
-    return {text: counter.most_common(1)[0][0] for text, counter in counts.items()}
 
 
 def share_right(asked: Sequence[Asked], told: Iterable[str]) -> float:

@@ -125,11 +125,16 @@ def blind_accuracy() -> float:
 
     A model that does no better has not looked at the picture.
     """
+    guesses, test = majority_answers(), questions("test")
+    return sum(guesses[text] == answer for text, answer in test) / len(test)
+
+
+def majority_answers() -> dict[str, str]:
+    """For each question its commonest answer in training."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for text, answer in questions("train"):
         counts[text][answer] += 1
-    test = questions("test")
-    return sum(counts[text].most_common(1)[0][0] == answer for text, answer in test) / len(test)
+    return {text: counter.most_common(1)[0][0] for text, counter in counts.items()}
 
 
 def _package():

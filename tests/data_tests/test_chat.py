@@ -52,16 +52,6 @@ DIALOGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama3() -> Tokenizer:
-    return real_tokenizers.llama3()
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Tokenizer:
-    return real_tokenizers.smollm2()
-
-
 @pytest.fixture
 def templated(smollm2):
     """Gives SmolLM2 another template for the time of a test."""

@@ -18,21 +18,6 @@ from tests.data_tests.small_tokenizer_files import ranks, small_tokenizer
 GOLDEN = golden.document("tokenizer_chat_meta.json")
 
 
-@pytest.fixture(scope="module")
-def llama3() -> Tokenizer:
-    return real_tokenizers.llama3()
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Tokenizer:
-    return real_tokenizers.smollm2()
-
-
-@pytest.fixture(scope="module")
-def small() -> Tokenizer:
-    return small_tokenizer()
-
-
 # Llama 3's own file
 
 

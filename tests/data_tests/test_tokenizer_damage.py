@@ -13,15 +13,9 @@ from tests.data_tests import real_tokenizers
 from tests.data_tests.awkward_text import SAMPLE
 from tests.data_tests.small_tokenizer_files import (
     hugging_face,
-    small_tokenizer,
     write_gguf,
     write_json,
 )
-
-
-@pytest.fixture(scope="module")
-def small() -> Tokenizer:
-    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -14,21 +14,9 @@ from tests.data_tests.awkward_text import SAMPLE, TEXT, has_every_byte
 from tests.data_tests.small_tokenizer_files import (
     hugging_face,
     ranks,
-    small_tokenizer,
     write_gguf,
     write_json,
 )
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Tokenizer:
-    return real_tokenizers.smollm2()
-
-
-@pytest.fixture(scope="module")
-def small() -> Tokenizer:
-    return small_tokenizer()
-
 
 # Hugging Face's tokenizer.json
 
