@@ -20,7 +20,7 @@ FLOORS = [
     {"checkpoint", "data"},
     {"generate", "train"},
     {"api"},
-    {"conversion", "evaluate"},
+    {"conversion", "evaluate", "plan"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,82 @@
+"""How long our attention kernels take on TPUs: pairs of queries and keys at a share of the peak.
+
+XLA has no estimate of a Pallas kernel. `benchmarks/attention_shares.py` makes the table from the
+kernels' schedules (docs/attention_costs.md says how); nothing of it was measured on hardware. Its
+rows are causal and have 8,192 tokens. Where a row sees fewer keys, more of its blocks are seen in
+part: it costs as if it saw `EDGE` more. With that, eight packed documents of 8,192 tokens and a row
+of 131,072 come out within a tenth of what that page says of them.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+from l32jax.plan.chips import Chip
+from l32jax.plan.hlo import Instruction
+
+# (chip, head dimension, query heads that share a key head): share forward, share backward.
+SHARES = {
+    ("v5p", 128, 4): (0.69, 0.86),
+    ("v5p", 64, 4): (0.34, 0.47),
+    ("v6e", 128, 4): (0.27, 0.43),
+    ("v6e", 64, 4): (0.14, 0.21),
+    ("v5e", 128, 4): (0.68, 0.85),
+    ("v5e", 64, 4): (0.34, 0.47),
+}
+PRODUCTS = {"attention_forward": 2, "attention_backward": 5}
+CAUSAL = 0.5  # of all pairs
+SEEN = 4096  # keys that a query sees on average, in the rows of the table
+EDGE = 800  # keys
+LANES = 128
+
+
+def attention_seconds(
+    chip: Chip, visible: Mapping[tuple[int, int], float] | None = None
+) -> Callable[[Instruction], float | None]:
+    """Seconds of a call of our kernels; None of other kernels, and of float32.
+
+    Args:
+      visible: share of the pairs that are seen, by (queries, keys) of a row on a device. Half of
+        them, as in a causal row, where it does not say; so an image encoder has to be in it.
+    """
+
+    def seconds(call: Instruction) -> float | None:
+        name = re.sub(r"\.\d+$", "", call.name)
+        shapes = _shapes(call)
+        if name not in PRODUCTS or shapes is None:
+            return None
+        (batch, kv_heads, shared, queries, head_dim), keys = shapes
+        share = (visible or {}).get((queries, keys), CAUSAL)
+        seen = (keys * share + EDGE) * SEEN / (SEEN + EDGE)
+        pairs = batch * kv_heads * shared * queries * seen
+        flops = 2 * PRODUCTS[name] * head_dim * pairs
+        reached = share_of_peak(chip.name, head_dim, shared)[name == "attention_backward"]
+        return flops / (reached * chip.peak)
+
+    return seconds
+
+
+def share_of_peak(chip: str, head_dim: int, shared: int) -> tuple[float, float]:
+    """Forward and backward. Of heads that are not in the table, as the most similar ones: a product
+    takes as long as if the head dimension were a multiple of 128.
+    """
+    known = [key for key in SHARES if key[0] == chip]
+    if not known:
+        raise ValueError(f"no share of the peak of {chip!r}: it is none of the TPUs in the table")
+    near = min(known, key=lambda key: (abs(key[1] - head_dim), abs(key[2] - shared)))
+    fuller = (head_dim / _whole(head_dim)) / (near[1] / _whole(near[1]))
+    ahead, back = SHARES[near]
+    return ahead * fuller, back * fuller
+
+
+def _whole(head_dim: int) -> int:
+    return -(-head_dim // LANES) * LANES
+
+
+def _shapes(call: Instruction) -> tuple[tuple[int, ...], int] | None:
+    """Of the queries [b k g t h], and the number of keys."""
+    given = call.attribute(r"operand_layout_constraints=\{(.*?)\}, [a-z_]+=") or ""
+    arrays = re.findall(r"bf16\[([\d,]+)\]", given)
+    sizes = [tuple(map(int, array.split(","))) for array in arrays]
+    if len(sizes) < 2 or len(sizes[0]) != 5 or len(sizes[1]) != 4:
+        return None
+    return sizes[0], sizes[1][2]

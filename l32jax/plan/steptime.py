@@ -1,0 +1,264 @@
+"""The time of a step, from the compiled program and what its chip is capable of.
+
+Instructions run in the program's order, each as long as XLA's own estimate of cycles says; loops as
+often as their counter does. Kernels take what the caller says. Collectives take their bytes at the
+links' bandwidth: all of it where the program waits for them, and what is left of it where they
+were started earlier. So it is a model, and compares programs; nothing of it was measured.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+
+from l32jax.plan.chips import Chip
+from l32jax.plan.compute import COLLECTIVES, seconds_of, traffic
+from l32jax.plan.hlo import Computation, Instruction, Program
+from l32jax.plan.network import Network, group_of, heads_up, sent_bytes
+from l32jax.plan.tally import Exchange, StepTime, Sum
+
+KernelSeconds = Callable[[Instruction], float | None]
+
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "add-dependency", "opt-barrier", "async-update", "infeed", "outfeed",
+}  # fmt: skip
+FREE_CALLS = {
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "Sharding",
+    "SPMDFullToShardShape", "SPMDShardToFullShape",
+}  # fmt: skip
+UNKNOWN_KERNEL = 0.45  # share of the peak, of a kernel that says its operations and no more
+
+
+def estimate(
+    text: str,
+    chip: Chip,
+    mesh_axes: Mapping[str, int],
+    kernel_seconds: KernelSeconds = lambda instruction: None,
+    *,
+    shape: tuple[int, ...] = (),
+) -> StepTime:
+    """The time of a compiled program.
+
+    Args:
+      text: `compiled.as_text()`, of a TPU.
+      mesh_axes: sizes by name, outermost first; logical devices are numbered along the last first.
+        If the program is for fewer devices than these, it is one of several slices, which the
+        outermost axes go through.
+      kernel_seconds: of a Pallas call; None of one that it does not know.
+      shape: topology of a slice, like (4, 4, 4); the most even one if it is not given.
+    """
+    program = Program.parse(text)
+    found = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    devices = Network(chip, mesh_axes).devices
+    slices = max(1, devices // int(found[1])) if found else 1
+    network = Network(chip, mesh_axes, shape, slices)
+    return _Timer(program, chip, network, kernel_seconds).of(program.entry)
+
+
+class _Timer:
+    def __init__(
+        self, program: Program, chip: Chip, network: Network, kernel_seconds: KernelSeconds
+    ):
+        self.program, self.chip, self.network = program, chip, network
+        self.kernel_seconds = kernel_seconds
+        self.known: dict[str, StepTime] = {}
+
+    def of(self, name: str) -> StepTime:
+        """Of one run of a computation."""
+        if name not in self.known:
+            computation = self.program.computations[name]
+            self.known[name] = _Run(self, computation).time()
+        return self.known[name]
+
+    @functools.cache  # noqa: B019  (a timer lives as long as one estimate)
+    def opcodes(self, name: str) -> frozenset[str]:
+        """Of everything that is computed inside."""
+        found = set()
+        for instruction in self.program.computations[name].instructions:
+            found.add(instruction.opcode)
+            found.update(*(self.opcodes(called) for called in instruction.called))
+        return frozenset(found)
+
+
+class _Run:
+    """One computation, instruction by instruction.
+
+    pending: when what was started is over, on the clock of this computation. lanes: until when the
+    links are taken, by who uses them: neighbours send in both directions at once.
+    """
+
+    def __init__(self, timer: _Timer, computation: Computation):
+        self.timer, self.computation = timer, computation
+        self.total = StepTime()
+        self.pending: dict[str, float] = {}
+        self.lanes: dict[str, float] = {}
+
+    def time(self) -> StepTime:
+        for instruction in self.computation.instructions:
+            self._step(instruction)
+        return self.total
+
+    def _step(self, one: Instruction) -> None:
+        opcode = one.opcode
+        if opcode in FREE:
+            return
+        if opcode == "while":
+            self._loop(one)
+        elif opcode in ("call", "conditional"):
+            runs = [self.timer.of(name) for name in one.branches or one.called]
+            self.total.add(max(runs, key=lambda run: run.seconds))
+        elif opcode.endswith("-done"):
+            self._await(one)
+        elif opcode.endswith("-start") or opcode in ("send", "recv"):
+            self._start(one)
+        elif opcode in COLLECTIVES:
+            self.total.exposed += self._exchange(one, opcode)
+        elif opcode == "custom-call":
+            self._custom_call(one)
+        else:
+            self._compute(one)
+
+    def _loop(self, one: Instruction) -> None:
+        trips = self.timer.program.trips(one, self.computation)
+        if trips is None:
+            self._doubt("a loop whose turns are not a constant: one is counted", 0.0)
+        body = one.attribute(r"\bbody=%?([\w.\-]+)")
+        assert body
+        self.total.add(self.timer.of(body), 1 if trips is None else trips)
+
+    def _start(self, one: Instruction) -> None:
+        kind = one.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            lane = _lane(one, kind)
+            others = ("", lane) if lane else tuple(self.lanes)
+            begin = max([self.total.seconds, *(self.lanes.get(key, 0.0) for key in others)])
+            self.lanes[lane] = self.pending[one.name] = begin + self._exchange(one, kind)
+        elif kind in ("send", "recv"):
+            begin = max(self.total.seconds, self.lanes.get("slices", 0.0))
+            self.lanes["slices"] = self.pending[one.name] = begin + self._transfer(one)
+        elif kind == "copy":
+            seconds = max(traffic(one, self.computation)) / self.timer.chip.hbm
+            self.pending[one.name] = self.total.seconds + seconds
+        else:
+            self._start_computation(one)
+
+    def _start_computation(self, one: Instruction) -> None:
+        """That of an "async-start": its collectives, or what else runs beside the core."""
+        inside = StepTime()
+        for name in one.called:
+            inside.add(self.timer.of(name))
+        self.total.add_counts(inside)
+        begin = max([self.total.seconds, *self.lanes.values()])
+        self.pending[one.name] = begin + inside.seconds
+        if inside.exposed:
+            self.lanes[""] = self.pending[one.name]
+
+    def _await(self, one: Instruction) -> None:
+        started = _started(self.computation, one)
+        if started is None or started.name not in self.pending:
+            self._doubt(f"{one.opcode} of what was started elsewhere", 0.0)
+            return
+        late = max(0.0, self.pending.pop(started.name) - self.total.seconds)
+        if started.opcode == "copy-start":
+            self.total.other += late
+        else:
+            self.total.exposed += late
+
+    def _exchange(self, one: Instruction, kind: str) -> float:
+        """Seconds of a collective, which is noted."""
+        network = self.timer.network
+        group = group_of(one, network.devices)
+        given = sum(
+            array.num_bytes
+            for name in one.operands
+            for array in self.computation.named[name].arrays
+        )
+        whole = given * len(group) if kind == "all-gather" else given
+        sent = sent_bytes(kind, whole, len(group))
+        axes = network.spanned(group)
+        seconds = network.seconds(kind, sent, axes) if axes else 0.0
+        self._note(Exchange(kind, axes), sent, seconds)
+        return seconds
+
+    def _transfer(self, one: Instruction) -> float:
+        """Seconds of a send to other slices; what is received arrives with what is sent."""
+        if "megascale" not in one.attributes:
+            self._doubt(f"{one.opcode} to the host", 0.0)
+            return 0.0
+        if one.opcode == "recv":
+            return 0.0
+        network = self.timer.network
+        kind = one.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "unknown"
+        kind = kind.lower().replace("_", "-")
+        array = sum(array.num_bytes for array in self.computation.named[one.operands[0]].arrays)
+        whole = array * network.slices if kind == "all-gather" else array
+        sent = sent_bytes(kind, whole, network.slices)
+        seconds = network.seconds_between_slices(sent)
+        self._note(Exchange(f"{kind} of slices", network.between_slices), sent, seconds)
+        return seconds
+
+    def _custom_call(self, one: Instruction) -> None:
+        target = one.attribute(r'custom_call_target="([^"]*)"')
+        if target in FREE_CALLS:
+            return
+        if target != "tpu_custom_call":
+            seconds = sum(traffic(one, self.computation)) / self.timer.chip.hbm
+            self.total.other += seconds
+            self._doubt(f"custom call {target}, at least its bytes", seconds)
+            return
+        name = re.sub(r"\.\d+$", "", one.name)
+        seconds = self.timer.kernel_seconds(one)
+        if seconds is None:
+            flops = int(one.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)') or 0)
+            seconds = flops / (UNKNOWN_KERNEL * self.timer.chip.peak)
+            self._doubt(f"kernel {name} that is not known", seconds)
+        self.total.kernels += seconds
+        self.total.by_kernel.setdefault(name, Sum()).add(Sum(1, seconds=seconds))
+
+    def _compute(self, one: Instruction) -> None:
+        inside = frozenset().union(*(self.timer.opcodes(name) for name in one.called))
+        inside |= {one.opcode}
+        seconds, doubt = seconds_of(one, self.computation, inside, self.timer.chip)
+        if doubt:
+            self._doubt(doubt, seconds)
+        if inside & {"convolution", "dot"}:
+            self.total.matmul += seconds
+        else:
+            self.total.other += seconds
+        if inside & COLLECTIVES:
+            self.total.exposed += max(0.0, self._fused_exchange(one) - seconds)
+
+    def _fused_exchange(self, one: Instruction) -> float:
+        """All-reduce and slice in one is what other compilers call reduce-scatter."""
+        seconds = 0.0
+        for name in one.called:
+            run = _Run(self.timer, self.timer.program.computations[name])
+            opcodes = self.timer.opcodes(name)
+            for inner in run.computation.instructions:
+                kind = inner.opcode
+                if kind == "all-reduce" and "dynamic-slice" in opcodes:
+                    kind = "reduce-scatter"
+                if inner.opcode in COLLECTIVES:
+                    seconds += run._exchange(inner, kind)
+            self.total.add_counts(run.total)
+        return seconds
+
+    def _note(self, exchange: Exchange, sent: float, seconds: float) -> None:
+        self.total.exchanges.setdefault(exchange, Sum()).add(Sum(1, sent, seconds))
+
+    def _doubt(self, what: str, seconds: float) -> None:
+        self.total.doubts.setdefault(what, Sum()).add(Sum(1, seconds=seconds))
+
+
+def _lane(one: Instruction, kind: str) -> str:
+    """ "" for what takes all links."""
+    if kind != "collective-permute":
+        return ""
+    return "up" if heads_up(one) else "down"
+
+
+def _started(computation: Computation, done: Instruction) -> Instruction | None:
+    found = computation.named.get(done.operands[0]) if done.operands else None
+    while found is not None and found.opcode in ("async-update", "get-tuple-element"):
+        found = computation.named.get(found.operands[0])
+    return found
