@@ -1,6 +1,7 @@
 """Every knob, as frozen dataclasses: what is not here cannot be changed from outside."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from l32jax.errors import InputError
@@ -165,12 +166,45 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1, at most once, takes what the others leave over."""
+    """Devices along each mesh axis; -1, at most once, takes what the others leave over.
+
+    From the first to the last, axes are of devices that lie ever closer together.
+    """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
+
+    @classmethod
+    def parse(cls, spec: str) -> "MeshConfig":
+        """From "data=2,fsdp=16,context=1,tensor=8"; -1 is fsdp's unless another axis has it."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        sizes: dict[str, int] = {}
+        for part in filter(None, spec.replace(" ", "").split(",")):
+            name, _, size = part.partition("=")
+            if name not in names or name in sizes or not size.removeprefix("-").isdecimal():
+                raise InputError(
+                    f"{part!r} in mesh {spec!r}: give each of the axes {', '.join(names)} once at "
+                    "most, with its size, as in fsdp=16,tensor=8"
+                )
+            sizes[name] = int(size)
+        if -1 in sizes.values():
+            sizes.setdefault("fsdp", 1)
+        return cls(**sizes)
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Devices along each axis, of so many in all."""
+        sizes = dataclasses.asdict(self)
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+            raise InputError(f"mesh {sizes}: sizes are positive, and -1 may stand once")
+        if free:
+            fixed = math.prod(size for size in sizes.values() if size != -1)
+            sizes[free[0]] = max(num_devices // fixed, 1)
+        if math.prod(sizes.values()) != num_devices:
+            raise InputError(f"mesh {sizes} does not cover the {num_devices} devices present")
+        return sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

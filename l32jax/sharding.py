@@ -11,12 +11,15 @@ The two tables below are the whole parallelism plan. A letter they lack is not s
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from l32jax.config import MeshConfig
-from l32jax.errors import InputError
 
 CONTEXT_AXIS = "context"
 PARAM_AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "tensor"}
@@ -38,18 +41,45 @@ def activation_spec(dims: str) -> PartitionSpec:
     return PartitionSpec(*(ACTIVATION_AXES.get(dim) for dim in dims))
 
 
-def make_mesh(config: MeshConfig = MeshConfig()) -> Mesh:  # noqa: B008  (frozen)
-    """A mesh of every device, with explicit axes: shardings are part of array types."""
-    sizes = dataclasses.asdict(config)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise InputError(f"mesh {sizes}: sizes are positive, and -1 may stand once")
-    if free:
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        sizes[free[0]] = max(jax.device_count() // fixed, 1)
-    if math.prod(sizes.values()) != jax.device_count():
-        raise InputError(f"mesh {sizes} does not cover the {jax.device_count()} devices present")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+def make_mesh(
+    config: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh of all devices, with explicit axes: shardings are part of array types.
+
+    Neighbours along the last axis are neighbours in the machine: on the wires of a TPU slice, in
+    one node of GPUs. Slices, which only the network connects, are told apart by the first axes that
+    they divide.
+
+    Args:
+      devices: those to take; they may be of a machine that is not here.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    types = (AxisType.Explicit,) * len(sizes)
+    return Mesh(_arranged(list(sizes.values()), devices), tuple(sizes), axis_types=types)
+
+
+def _arranged(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu" or slices == 1:
+        return _within(shape, devices)
+    outer, left = [], slices
+    for size in shape:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    inner = [size // share for size, share in zip(shape, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
+
+
+def _within(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
+    """Whole axes of the machine's torus for each of the mesh, where that can be."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def single_device_mesh() -> Mesh:

@@ -211,13 +211,24 @@ class Decoder(nnx.Module):
         (x, cache), _ = jax.lax.scan(run_group, (x, cache), (self.groups, layers))
         return self.final_norm(x), cache
 
-    def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Float32 scores of the next token."""
+    def scoring_table(self) -> Float[Array, "v d"]:
+        """What states are scored against: on each device whole rows, of its share of the words."""
         table = self.embedding if self.config.decoder.tied_embedding else self.head
+        return jax.sharding.reshard(table.weight[...], activation_spec("vd"))
+
+    def logits(
+        self, x: Float[Array, "b t d"], table: Float[Array, "v d"] | None = None
+    ) -> Float[Array, "b t v"]:
+        """Float32 scores of the next token.
+
+        Args:
+          table: that of `scoring_table`, where it is fetched once and used many times.
+        """
+        table = self.scoring_table() if table is None else table
         return jnp.einsum(
             "btd,vd->btv",
             x,
-            table.weight[...].astype(x.dtype),
+            table.astype(x.dtype),
             preferred_element_type=jnp.float32,
             out_sharding=activation_spec("btv"),
         )

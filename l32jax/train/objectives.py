@@ -18,7 +18,7 @@ from l32jax.sharding import activation_spec
 
 Metrics = dict[str, Array]
 
-MAX_LOGITS = 2**26  # of one device at a time: 256 MiB, and as much again for their gradient
+MAX_LOGITS = 2**28  # of one device at a time: 1 GiB, and as much again for their gradient
 
 
 def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
@@ -44,7 +44,8 @@ def next_token(
     del rng  # nothing is drawn
     states = forward_batch(model, batch, **options).states
     inputs = states, batch["targets"], batch["weights"]
-    score = partial(_score, model.decoder, bool(z_loss))
+    table = model.decoder.scoring_table()  # fetched once: its gradient adds up in float32 as well
+    score = partial(_score, model.decoder, bool(z_loss), table)
     size = _chunk_size(states, model.decoder.config.decoder.vocab_size)
     if size is None:
         sums = score(*inputs)
@@ -59,11 +60,12 @@ def next_token(
 def _score(
     decoder: Decoder,
     with_z_loss: bool,
+    table: Float[Array, "v d"],
     states: Float[Array, "b t d"],
     targets: Int[Array, "b t"],
     weights: Float[Array, "b t"],
 ) -> Metrics:
-    logits = decoder.logits(states)
+    logits = decoder.logits(states, table)
     sums = {
         "loss": jnp.sum(cross_entropy(logits, targets) * weights),
         "accuracy": jnp.sum((logits.argmax(axis=-1) == targets) * weights),

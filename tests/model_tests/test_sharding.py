@@ -1,18 +1,22 @@
 """Every mesh computes the same; parameters are born where the tables say."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l32jax import sharding
 from l32jax.config import AttentionConfig, MeshConfig
+from l32jax.config_text import override
 from l32jax.data.batches import place
 from l32jax.errors import InputError
 from l32jax.kernels.context import row_order
 from l32jax.model.llama import AUTO, abstract_params, batch_logits, bind, init_params
 from l32jax.model.parameters import flatten, on_mesh
+from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.objectives import cross_entropy
 from tests.checkpoint_tests.weights import random_params
@@ -150,3 +154,73 @@ def test_a_free_axis_takes_what_the_others_leave():
 def test_meshes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(InputError, match=message):
         make_mesh(MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("data=2,fsdp=16,context=1,tensor=8", MeshConfig(data=2, fsdp=16, tensor=8)),
+        ("tensor=8", MeshConfig(fsdp=-1, tensor=8)),
+        ("data=-1, tensor=2", MeshConfig(data=-1, fsdp=1, tensor=2)),
+        ("", MeshConfig()),
+    ],
+)
+def test_a_mesh_is_one_line(spec, expected):
+    assert MeshConfig.parse(spec) == expected
+    run = TrainConfig(model=MODEL, stages=(), directory="runs/none")
+    assert override(run, f"mesh={spec or 'fsdp=-1'}").mesh == expected
+
+
+@pytest.mark.parametrize(
+    "spec", ["fsdp", "fsdp=", "fsdp=two", "model=2", "fsdp=2,fsdp=4", "fsdp=--2"]
+)
+def test_a_mesh_that_says_something_else_is_refused(spec):
+    with pytest.raises(InputError, match="in mesh"):
+        MeshConfig.parse(spec)
+
+
+class FakeTpu(NamedTuple):
+    """What arranging asks of a device of v4 and later: its place in a torus, and its slice."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    process_index: int = 0
+
+
+def slices_of_chips(count: int, sides=(2, 2, 2)) -> list[FakeTpu]:
+    places = [(x, y, z) for z in range(sides[2]) for y in range(sides[1]) for x in range(sides[0])]
+    return [
+        FakeTpu(len(places) * number + place, coords, number)
+        for number in range(count)
+        for place, coords in enumerate(places)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [
+        (MeshConfig(data=2, fsdp=4, tensor=2), {"data": 2}),
+        (MeshConfig(data=4, fsdp=4), {"data": 2}),
+        (MeshConfig(fsdp=16), {"fsdp": 2}),
+        (MeshConfig(data=1, fsdp=8, tensor=2), {"fsdp": 2}),
+    ],
+)
+def test_slices_are_told_apart_by_the_first_axes(config, apart):
+    """Along all others, neighbours are chips of the same slice."""
+    devices = sharding._arranged([*config.sizes(16).values()], slices_of_chips(2))
+    numbers = np.vectorize(lambda device: device.slice_index)(devices)
+    for axis, name in enumerate(("data", "fsdp", "context", "tensor")):
+        parts = np.array_split(numbers, apart.get(name, 1), axis=axis)
+        assert all((np.diff(part, axis=axis) == 0).all() for part in parts), name
+
+
+def test_an_axis_lies_along_the_wires_of_a_torus():
+    """The innermost axis takes whole axes of the machine: its devices are next to each other."""
+    devices = sharding._arranged([1, 2, 1, 4], slices_of_chips(1))
+    for row in devices.reshape(2, 4):
+        varying = [len({device.coords[axis] for device in row}) for axis in range(3)]
+        assert sorted(varying) == [1, 2, 2]

@@ -119,8 +119,8 @@ def test_all_logits_never_exist_where_they_are_too_many(limit, monkeypatch):
     ("shape", "expected"),
     [
         ((2, 8, 4), None),
-        ((64, 512, 4), 8),  # of 2**17 words: 2**26 logits are 8 positions of 64 rows
-        ((1024, 3, 4), 1),
+        ((64, 512, 4), 32),  # of 2**17 words: 2**28 logits are 32 positions of 64 rows
+        ((4096, 3, 4), 1),
     ],
 )
 def test_the_size_of_a_chunk_follows_from_shapes(shape, expected):
