@@ -13,6 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # strangers.
 FLOORS = [
     {"errors", "config", "config_text", "run_config"},
+    {"cluster"},
     {"presets", "recipes"},
     {"sharding"},
     {"kernels"},
@@ -28,6 +29,7 @@ FLOORS = [
 NARROW = {  # fewer than their floor would allow
     "errors": set(),
     "config": {"errors"},
+    "cluster": {"errors"},
     "config_text": {"errors"},
     "run_config": {"errors", "config"},
     "recipes": {"config", "run_config"},

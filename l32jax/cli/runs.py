@@ -28,6 +28,7 @@ def train(config: File, overrides: Overrides = (), /) -> int:
 
     The file is Python, and has a function `config()` that returns a TrainConfig. A run that was
     interrupted (exit code 75) goes on where it was saved when the same command is given again.
+    On a cluster the same command is given in every process: docs/launch.md.
 
     Examples:
       l32jax train configs/easy_vqa_tiny.py
@@ -40,10 +41,16 @@ def train(config: File, overrides: Overrides = (), /) -> int:
     chosen = read_config(config, overrides)
 
     def run() -> None:
+        from l32jax import cluster
+
+        cluster.join()
+        import jax
+
         from l32jax import api
 
         api.run(chosen)
-        print(f"The trained model is in {chosen.directory}: give that as --model.")
+        if jax.process_index() == 0:
+            print(f"The trained model is in {chosen.directory}: give that as --model.")
 
     return _interruptible(run)
 

@@ -1,0 +1,52 @@
+"""Flags reach the environment once, never against what is set there, and XLA knows them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from l32jax.cluster.flags import FLAGS, platform, set_flags
+
+XLA_FLAGS = [s.flag for table in FLAGS.values() for s in table if s.variable == "XLA_FLAGS"]
+
+
+def test_flags_are_added_once_and_what_is_set_stays():
+    mine = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_dump_to=there"
+    environ = {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": mine, "NCCL_DEBUG": "INFO"}
+    set_flags(environ)
+    assert environ["XLA_FLAGS"].startswith(mine + " --xla_gpu_first_collective")
+    assert environ["NCCL_DEBUG"] == "INFO"
+    again = dict(environ)
+    set_flags(again)
+    assert again == environ
+
+
+@pytest.mark.parametrize("name", ["cpu", "tpu"])
+def test_other_platforms_get_no_flags_for_gpus(name):
+    environ = {"JAX_PLATFORMS": name}
+    set_flags(environ)
+    assert environ == {"JAX_PLATFORMS": name}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("cuda,cpu", "gpu"), ("rocm", "gpu"), ("tpu", "tpu"), ("cpu", "cpu")]
+)
+def test_the_platform_is_what_jax_is_told(asked, found):
+    assert platform({"JAX_PLATFORMS": asked}) == found
+
+
+def starts_with(flags: str) -> int:
+    """XLA ends a process that has a flag it does not know."""
+    return subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        timeout=120,
+    ).returncode
+
+
+def test_xla_knows_the_flags():
+    assert XLA_FLAGS
+    assert starts_with(" ".join(XLA_FLAGS)) == 0
+    assert starts_with("--xla_gpu_no_such_flag=true") != 0
