@@ -13,12 +13,12 @@ from l32jax.config import LlamaConfig
 from l32jax.model.llama import Llama, bind, init_params
 from l32jax.model.parameters import Params, combine, partition, path_name, trains
 from l32jax.model.resize import resize_positions
-from l32jax.run_config import StageConfig
+from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.train.accumulate import summed_gradients
 from l32jax.train.average import averaged, begin_average
 from l32jax.train.inside import part_norms
 from l32jax.train.matrices import is_projection
-from l32jax.train.objectives import Batch, Metrics
+from l32jax.train.objectives import Batch, Metrics, next_token
 from l32jax.train.optimizer import make_optimizer
 
 Objective = Callable[[Llama, Batch, Array], tuple[Array, Metrics]]
@@ -82,6 +82,22 @@ def end_stage(config: LlamaConfig, stage: StageConfig, state: TrainState) -> Tra
         return state
     _, frozen = partition(state.params, trains(stage.trains, config))
     return state._replace(params=combine(state.average, frozen))
+
+
+def stage_step(
+    config: TrainConfig, number: int
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
+    """The step of a run's stage."""
+    stage = config.stages[number]
+    objective = partial(
+        next_token,
+        z_loss=stage.z_loss,
+        dtype=jnp.dtype(config.dtype),
+        saved=config.saved,
+        attention=config.attention,
+    )
+    matrix_dtype = jnp.dtype(config.dtype if config.params == "bfloat16" else "float32")
+    return make_train_step(config.model_of(number), stage, objective, matrix_dtype=matrix_dtype)
 
 
 def make_train_step(

@@ -1,0 +1,132 @@
+"""The real programs of a run, compiled for devices that are not here."""
+
+import math
+import re
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from l32jax.data.rows import FIELDS, make_row
+from l32jax.data.sources.mixture import row_shape
+from l32jax.errors import InputError
+from l32jax.model.parameters import on_mesh
+from l32jax.run_config import TrainConfig
+from l32jax.sharding import activation_spec
+from l32jax.train.accumulate import require_even_rows
+from l32jax.train.step import init_state, stage_step
+
+Shapes = Any  # of jax.ShapeDtypeStruct
+
+
+class Memory(NamedTuple):
+    """Bytes of one device. `peak` has everything; `needed` what did not fit, if that is so."""
+
+    params: int
+    optimizer: int
+    batch: int
+    peak: int
+    fits: bool
+
+    @property
+    def work(self) -> int:
+        """Activations, gradients, and what is gathered of other devices' parameters."""
+        return self.peak - self.params - self.optimizer - self.batch
+
+
+class Compiled(NamedTuple):
+    text: str
+    memory: Memory
+    seconds: float
+
+
+class DoesNotFit(Exception):
+    """The compiler needs more memory than a device has."""
+
+    def __init__(self, memory: Memory):
+        super().__init__(f"{memory.peak / 2**30:.1f} GiB")
+        self.memory = memory
+
+
+def training_inputs(config: TrainConfig, number: int, mesh: Mesh) -> tuple[Shapes, Shapes]:
+    """State and batch of a stage's step, as shapes with shardings."""
+    stage, model = config.stages[number], config.model_of(number)
+    dtype = jnp.dtype(config.params)
+    init = partial(init_state, model, stage, config.seed, frozen_dtype=dtype)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state = on_mesh(jax.eval_shape(init), mesh)
+    return state, abstract_batch(config, number, mesh)
+
+
+def abstract_batch(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
+    """What `data.batches.place` puts on the devices for a stage."""
+    data, model = config.stages[number].data, config.model_of(number)
+    shape = row_shape(data, model)
+    row: dict[str, Any] = dict(make_row([], length=shape.length, vision=shape.vision))
+    if data.features is not None and shape.vision is not None:
+        vision = shape.vision
+        del row["tiles"]
+        kept = (vision.slots, vision.encoder.tokens_per_tile, vision.encoder.feature_dim)
+        row["features"] = jax.ShapeDtypeStruct(kept, jnp.dtype(config.dtype))
+
+    def placed(name: str, array: Any) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, activation_spec(FIELDS[name]))
+        return jax.ShapeDtypeStruct((data.batch_size, *array.shape), array.dtype, sharding=where)
+
+    return {name: placed(name, array) for name, array in row.items()}
+
+
+def compile_training(config: TrainConfig, number: int, mesh: Mesh) -> Compiled:
+    """The step of a stage, as `train.loop` runs it."""
+    require_even_rows(config.stages[number], mesh)
+    state, batch = training_inputs(config, number, mesh)
+    step = stage_step(config, number)
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    sizes = Memory(
+        params=device_bytes(state.params),
+        optimizer=device_bytes((state.opt_state, state.average)),
+        batch=device_bytes(batch),
+        peak=0,
+        fits=True,
+    )
+    return _compile(step, (state, batch, rate), mesh, sizes)
+
+
+def _compile(function: Any, arguments: tuple, mesh: Mesh, sizes: Memory, **static: Any) -> Compiled:
+    begin = time.monotonic()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = function.lower(*arguments, **static)
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _does_not_fit(error, sizes) from None
+    except (ValueError, jax.errors.ShardingTypeError) as error:
+        where = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise InputError(f"mesh {where}: {' '.join(str(error).split())[:300]}") from error
+    found: Any = compiled.memory_analysis()
+    memory = sizes._replace(peak=found.peak_memory_in_bytes)
+    return Compiled(compiled.as_text(), memory, time.monotonic() - begin)
+
+
+def _does_not_fit(error: Exception, sizes: Memory) -> Exception:
+    """What the compiler says of memory; the error itself if it is about something else."""
+    found = re.search(r"[Uu]sed ([\d.]+)([GM]) of|required for .*?\(([\d.]+)([GM])\)", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        return error
+    amount, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    peak = int(float(amount) * {"G": 2**30, "M": 2**20}[unit])
+    return DoesNotFit(sizes._replace(peak=peak, fits=False))
+
+
+def device_bytes(shapes: Shapes) -> int:
+    """Of one device's part of arrays."""
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        assert leaf.sharding is not None
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(shapes)))
