@@ -48,7 +48,7 @@ class Chip:
     network: float
     per_chip: int = 1
     per_host: int
-    watts: float
+    watts: int
 
 
 CHIPS = {

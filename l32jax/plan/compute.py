@@ -1,5 +1,6 @@
 """How long an operation of a core takes: as the compiler estimates, else as its bytes need."""
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -50,7 +51,7 @@ def _cycles(one: Instruction) -> int:
 
 
 def _in_hbm(arrays: Iterable[Array]) -> float:
-    return sum(array.num_bytes for array in arrays if not array.space)
+    return math.fsum(array.num_bytes for array in arrays if not array.space)
 
 
 def _touched(inside: frozenset[str], read: float, written: float) -> float:

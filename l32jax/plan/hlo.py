@@ -170,7 +170,12 @@ class _Loop:
         return None, self.condition
 
     def _bound(self, place: Computation, side: Instruction, index: int | None) -> int | None:
-        return _constant(side) if index is None else self._begin(index)
+        if index is None:
+            return _constant(side)
+        root = self.body.root
+        if root.opcode != "tuple" or _element(_through(self.body, root.operands[index])) != index:
+            return None  # it changes from turn to turn
+        return self._begin(index)
 
     def _begin(self, index: int) -> int | None:
         """The element of the tuple that goes into the loop."""

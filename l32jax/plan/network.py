@@ -96,6 +96,8 @@ class Network:
 
     def seconds(self, kind: str, sent: float, axes: Sequence[str]) -> float:
         """Of a collective in which every device sends so many bytes, inside a slice."""
+        if not self.chip.torus:
+            return self._switched(sent, axes)
         sides = [side for axis in axes for side in self.sides[axis]] or [(2, False)]
         link = self.chip.link / self.chip.per_chip
         if kind == "collective-permute":
@@ -106,6 +108,17 @@ class Network:
             return sent * longest / link + hops * HOP
         links = sum(2 if ring else 1 for _, ring in sides)
         return sent / (links * link) + (2 if kind == "all-reduce" else 1) * hops * HOP
+
+    def _switched(self, sent: float, axes: Sequence[str]) -> float:
+        """Inside a host over its switch; between hosts over the networks of all that take part."""
+        left, here = self.chip.per_host, 1
+        for axis, size in reversed(self.local.items()):
+            within = math.gcd(left, size)
+            left //= within
+            here *= within if axis in axes else 1
+        if here == math.prod(self.local[axis] for axis in axes):
+            return sent / self.chip.link
+        return max(sent / self.chip.link, sent / (here * self.chip.network))
 
     def seconds_between_slices(self, sent: float) -> float:
         return sent / self.chip.network

@@ -6,7 +6,7 @@ links' bandwidth: all of it where the program waits for them, and what is left o
 were started earlier. So it is a model, and compares programs; nothing of it was measured.
 """
 
-import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -24,8 +24,10 @@ FREE = {
 }  # fmt: skip
 FREE_CALLS = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "Sharding",
-    "SPMDFullToShardShape", "SPMDShardToFullShape",
+    "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast",
 }  # fmt: skip
+LINKS = ("up", "down")  # neighbours can send in both directions at once
+HOST, HOST_BANDWIDTH = 5, 16e9  # a memory space of XLA; bytes a second, assumed
 UNKNOWN_KERNEL = 0.45  # share of the peak, of a kernel that says its operations and no more
 
 
@@ -46,12 +48,16 @@ def estimate(
         outermost axes go through.
       kernel_seconds: of a Pallas call; None of one that it does not know.
       shape: topology of a slice, like (4, 4, 4); the most even one if it is not given.
+    Raises:
+      ValueError: the text is not that of a program, or is for another number of devices.
     """
     program = Program.parse(text)
     found = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-    devices = Network(chip, mesh_axes).devices
-    slices = max(1, devices // int(found[1])) if found else 1
-    network = Network(chip, mesh_axes, shape, slices)
+    devices = math.prod(mesh_axes.values())
+    partitions = int(found[1]) if found else devices
+    if devices % partitions:
+        raise ValueError(f"a program for {partitions} devices on a mesh of {dict(mesh_axes)}")
+    network = Network(chip, mesh_axes, shape, devices // partitions)
     return _Timer(program, chip, network, kernel_seconds).of(program.entry)
 
 
@@ -62,6 +68,7 @@ class _Timer:
         self.program, self.chip, self.network = program, chip, network
         self.kernel_seconds = kernel_seconds
         self.known: dict[str, StepTime] = {}
+        self.inside: dict[str, frozenset[str]] = {}
 
     def of(self, name: str) -> StepTime:
         """Of one run of a computation."""
@@ -70,21 +77,20 @@ class _Timer:
             self.known[name] = _Run(self, computation).time()
         return self.known[name]
 
-    @functools.cache  # noqa: B019  (a timer lives as long as one estimate)
     def opcodes(self, name: str) -> frozenset[str]:
         """Of everything that is computed inside."""
-        found = set()
-        for instruction in self.program.computations[name].instructions:
-            found.add(instruction.opcode)
-            found.update(*(self.opcodes(called) for called in instruction.called))
-        return frozenset(found)
+        if name not in self.inside:
+            instructions = self.program.computations[name].instructions
+            deeper = (self.opcodes(called) for one in instructions for called in one.called)
+            self.inside[name] = frozenset(one.opcode for one in instructions).union(*deeper)
+        return self.inside[name]
 
 
 class _Run:
     """One computation, instruction by instruction.
 
     pending: when what was started is over, on the clock of this computation. lanes: until when the
-    links are taken, by who uses them: neighbours send in both directions at once.
+    links, the way to other slices and the way to HBM are taken by it.
     """
 
     def __init__(self, timer: _Timer, computation: Computation):
@@ -112,7 +118,7 @@ class _Run:
         elif opcode.endswith("-start") or opcode in ("send", "recv"):
             self._start(one)
         elif opcode in COLLECTIVES:
-            self.total.exposed += self._exchange(one, opcode)
+            self.total.exposed += self._begin(one, opcode) - self.total.seconds
         elif opcode == "custom-call":
             self._custom_call(one)
         else:
@@ -129,16 +135,13 @@ class _Run:
     def _start(self, one: Instruction) -> None:
         kind = one.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            lane = _lane(one, kind)
-            others = ("", lane) if lane else tuple(self.lanes)
-            begin = max([self.total.seconds, *(self.lanes.get(key, 0.0) for key in others)])
-            self.lanes[lane] = self.pending[one.name] = begin + self._exchange(one, kind)
+            self.pending[one.name] = self._begin(one, kind)
         elif kind in ("send", "recv"):
             begin = max(self.total.seconds, self.lanes.get("slices", 0.0))
             self.lanes["slices"] = self.pending[one.name] = begin + self._transfer(one)
         elif kind == "copy":
-            seconds = max(traffic(one, self.computation)) / self.timer.chip.hbm
-            self.pending[one.name] = self.total.seconds + seconds
+            begin = max(self.total.seconds, self.lanes.get("memory", 0.0))
+            self.lanes["memory"] = self.pending[one.name] = begin + self._copy(one)
         else:
             self._start_computation(one)
 
@@ -148,10 +151,28 @@ class _Run:
         for name in one.called:
             inside.add(self.timer.of(name))
         self.total.add_counts(inside)
-        begin = max([self.total.seconds, *self.lanes.values()])
+        begin = max([self.total.seconds, *(self.lanes.get(lane, 0.0) for lane in LINKS)])
         self.pending[one.name] = begin + inside.seconds
         if inside.exposed:
-            self.lanes[""] = self.pending[one.name]
+            self.lanes.update(dict.fromkeys(LINKS, self.pending[one.name]))
+
+    def _begin(self, one: Instruction, kind: str) -> float:
+        """When a collective that starts now, or as soon as its links are free, is over."""
+        taken = LINKS
+        if kind == "collective-permute":
+            taken = LINKS[:1] if heads_up(one) else LINKS[1:]
+        begin = max([self.total.seconds, *(self.lanes.get(lane, 0.0) for lane in taken)])
+        end = begin + self._exchange(one, kind)
+        self.lanes.update(dict.fromkeys(taken, end))
+        return end
+
+    def _copy(self, one: Instruction) -> float:
+        """Seconds of a copy between HBM and the memory of the core; the host's is far."""
+        if any(array.space == HOST for array in one.arrays):
+            seconds = one.arrays[0].num_bytes / HOST_BANDWIDTH
+            self._doubt(f"{one.opcode} of the host's memory, at an assumed bandwidth", seconds)
+            return seconds
+        return max(traffic(one, self.computation)) / self.timer.chip.hbm
 
     def _await(self, one: Instruction) -> None:
         started = _started(self.computation, one)
@@ -168,7 +189,7 @@ class _Run:
         """Seconds of a collective, which is noted."""
         network = self.timer.network
         group = group_of(one, network.devices)
-        given = sum(
+        given = math.fsum(
             array.num_bytes
             for name in one.operands
             for array in self.computation.named[name].arrays
@@ -190,7 +211,9 @@ class _Run:
         network = self.timer.network
         kind = one.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "unknown"
         kind = kind.lower().replace("_", "-")
-        array = sum(array.num_bytes for array in self.computation.named[one.operands[0]].arrays)
+        array = math.fsum(
+            array.num_bytes for array in self.computation.named[one.operands[0]].arrays
+        )
         whole = array * network.slices if kind == "all-gather" else array
         sent = sent_bytes(kind, whole, network.slices)
         seconds = network.seconds_between_slices(sent)
@@ -248,13 +271,6 @@ class _Run:
 
     def _doubt(self, what: str, seconds: float) -> None:
         self.total.doubts.setdefault(what, Sum()).add(Sum(1, seconds=seconds))
-
-
-def _lane(one: Instruction, kind: str) -> str:
-    """ "" for what takes all links."""
-    if kind != "collective-permute":
-        return ""
-    return "up" if heads_up(one) else "down"
 
 
 def _started(computation: Computation, done: Instruction) -> Instruction | None:
