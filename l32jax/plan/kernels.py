@@ -13,14 +13,24 @@ from collections.abc import Callable, Mapping
 from l32jax.plan.chips import Chip
 from l32jax.plan.hlo import Instruction
 
-# (chip, head dimension, query heads that share a key head): share forward, share backward.
+# (chip, head dimension, query heads that share a key head): share forward, share backward. The
+# kernels of v4 and tpu7x were not looked at: as v5p's and v6e's, whose matrix units they have.
 SHARES = {
+    ("v4", 128, 4): (0.69, 0.86),
+    ("v4", 80, 1): (0.35, 0.48),
+    ("v4", 64, 4): (0.34, 0.47),
+    ("v5e", 128, 4): (0.68, 0.85),
+    ("v5e", 80, 1): (0.35, 0.48),
+    ("v5e", 64, 4): (0.34, 0.47),
     ("v5p", 128, 4): (0.69, 0.86),
+    ("v5p", 80, 1): (0.35, 0.48),
     ("v5p", 64, 4): (0.34, 0.47),
     ("v6e", 128, 4): (0.27, 0.43),
+    ("v6e", 80, 1): (0.12, 0.21),
     ("v6e", 64, 4): (0.14, 0.21),
-    ("v5e", 128, 4): (0.68, 0.85),
-    ("v5e", 64, 4): (0.34, 0.47),
+    ("tpu7x", 128, 4): (0.27, 0.43),
+    ("tpu7x", 80, 1): (0.12, 0.21),
+    ("tpu7x", 64, 4): (0.14, 0.21),
 }
 PRODUCTS = {"attention_forward": 2, "attention_backward": 5}
 CAUSAL = 0.5  # of all pairs

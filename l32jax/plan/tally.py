@@ -4,6 +4,8 @@ import dataclasses
 from collections import Counter
 from typing import NamedTuple
 
+NEGLIGIBLE = 1e-3  # of a step
+
 
 class Exchange(NamedTuple):
     """A kind of collective along axes of the mesh. Between slices the kind ends in "of slices"."""
@@ -50,9 +52,14 @@ class StepTime:
 
     @property
     def warnings(self) -> list[str]:
-        """The doubts, those of most weight first."""
+        """The doubts, those of most weight first; those of no weight in one line."""
         ordered = sorted(self.doubts.items(), key=lambda item: -item[1].seconds)
-        return [f"{name} ({one.count} times, {one.seconds:.2g} s)" for name, one in ordered]
+        light = [one for _, one in ordered if 0 < one.seconds < NEGLIGIBLE * self.seconds]
+        told = [(name, one) for name, one in ordered if one not in light]
+        if light:
+            rest = Sum(sum(one.count for one in light), 0.0, sum(one.seconds for one in light))
+            told.append(("small operations without an estimate", rest))
+        return [f"{name} ({one.count} times, {one.seconds:.2g} s)" for name, one in told]
 
     @property
     def sent_along(self) -> dict[tuple[str, ...], float]:

@@ -213,3 +213,11 @@ def test_a_kernel_that_nobody_knows_is_told_of():
 def test_a_program_for_another_mesh_is_refused():
     with pytest.raises(ValueError, match="for 8 devices"):
         of(program(X), {"data": 1, "fsdp": 4})
+
+
+def test_doubts_of_no_weight_are_told_of_together():
+    lines = "%y = f32[1000000]{0} copy(%x)", "%z = f32[8]{0} sort(%t)", "%w = f32[8]{0} reverse(%t)"
+    found = of(program("%x = f32[1000000]{0} parameter(0)", "%t = f32[8]{0} parameter(1)", *lines))
+    assert len(found.doubts) == 3
+    heavy, light = found.warnings
+    assert heavy.startswith("copy") and light.startswith("small operations") and "2 times" in light
