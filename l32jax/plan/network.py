@@ -16,6 +16,9 @@ import numpy as np
 from l32jax.plan.chips import Chip
 from l32jax.plan.hlo import Instruction
 
+_MESH = re.compile(
+    r"replica_groups=mesh\[(?P<mesh>.*?)\](?:, device_ids=\((?P<ids>.*?)\))? \{(?P<axes>.*?)\}"
+)
 HOP = 1e-6  # seconds; assumed, as in jax-ml's scaling book
 
 Side = tuple[int, bool]  # devices along a dimension of the torus, and whether it closes to a ring
@@ -150,11 +153,12 @@ def sent_bytes(kind: str, array: float, devices: int) -> float:
     return array * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
 
 
-def group_of(instruction: Instruction, devices: int) -> list[int]:
+def group_of(instruction: Instruction, devices: int) -> list[int] | None:
     """The first group of devices that exchange something, or the first pair of a permutation.
 
-    All of them if the instruction names none. Three forms are read: lists, "[2,4]<=[8]" and
-    "[4,2]<=[2,4]T(1,0)", and axes of a mesh, "mesh['a'=2,'b'=4] {'b'}".
+    All of them if the instruction names none; None if it names them in a way that is not known.
+    Known are lists, "[2,4]<=[8]", "[4,2]<=[2,4]T(1,0)", and axes of a mesh, "mesh['a'=2,'b'=4]
+    {'b'}" and "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}".
     """
     text = instruction.attributes.partition(", metadata=")[0]
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
@@ -162,23 +166,28 @@ def group_of(instruction: Instruction, devices: int) -> list[int]:
         return next((pair for pair in numbers if pair[0] != pair[1]), [0])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [*map(int, listed[1].split(","))]
-    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims = [*map(int, tiled[3].split(","))]
-        order = [*map(int, tiled[4].split(","))] if tiled[4] else [*range(len(dims))]
-        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
-        return ids.reshape(int(tiled[1]), int(tiled[2]))[0].tolist()
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", text):
-        return _group_of_mesh(mesh[1], mesh[2])
-    return [*range(devices)]
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S+)", text):
+        return _order(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist()
+    if mesh := _MESH.search(text):
+        return _group_of_mesh(mesh["mesh"], mesh["ids"], mesh["axes"])
+    named = "replica_groups=" in text and "replica_groups={}" not in text
+    return None if named else [*range(devices)]
 
 
-def _group_of_mesh(mesh: str, axes: str) -> list[int]:
+def _order(text: str) -> np.ndarray:
+    """The numbers that "[2,4]T(1,0)" stands for: those below 8, in rows of 4, read by columns."""
+    lists = [[*map(int, one.split(","))] for one in re.findall(r"[\[(]([\d,]+)[\])]", text)]
+    dims, order = lists[0], lists[1] if len(lists) > 1 else range(len(lists[0]))
+    return np.arange(math.prod(dims)).reshape(dims).transpose(order)
+
+
+def _group_of_mesh(mesh: str, numbers: str | None, axes: str) -> list[int]:
     """A part of an axis is written 'a':(4)2: of those 2 behind the first 4."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(sizes.values()))
-    if order := re.search(r"device_ids=\(?\[?([\d,]+)\]?", mesh):
-        listed = [*map(int, order[1].split(","))]
-        ids = np.array(listed) if len(listed) == len(ids) else ids
+    if numbers:
+        listed = "[" not in numbers
+        ids = np.array([*map(int, numbers.split(","))]) if listed else _order(numbers)
     ids, names = ids.reshape([*sizes.values()]), [*sizes]
     picked: list = [0] * len(names)
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):

@@ -189,6 +189,9 @@ class _Run:
         """Seconds of a collective, which is noted."""
         network = self.timer.network
         group = group_of(one, network.devices)
+        if group is None:
+            self._doubt(f"{kind} of groups that are not understood: all devices", 0.0)
+            group = [*range(network.devices)]
         given = math.fsum(
             array.num_bytes
             for name in one.operands
