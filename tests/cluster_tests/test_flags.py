@@ -1,13 +1,18 @@
 """Flags reach the environment once, never against what is set there, and XLA knows them."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from l32jax.cluster import flags
 from l32jax.cluster.flags import FLAGS, platform, set_flags
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "launch.md").read_text()
+NAMES = re.compile(r"L32JAX_[A-Z]+(?:_[A-Z]+)*")
 XLA_FLAGS = [s.flag for table in FLAGS.values() for s in table if s.variable == "XLA_FLAGS"]
 
 
@@ -50,3 +55,19 @@ def test_xla_knows_the_flags():
     assert XLA_FLAGS
     assert starts_with(" ".join(XLA_FLAGS)) == 0
     assert starts_with("--xla_gpu_no_such_flag=true") != 0
+
+
+def test_the_documentation_has_the_table():
+    rows = re.findall(r"(?m)^\| (?:gpu|tpu|cpu) \|.*$", DOCUMENT)
+    assert rows == [
+        f"| {name} | `{setting.variable}` | `{setting.flag}` | {setting.why} |"
+        for name, table in FLAGS.items()
+        for setting in table
+    ]
+
+
+def test_the_documentation_has_our_variables():
+    package = Path(flags.__file__).parent
+    ours = {name for path in package.glob("*.py") for name in NAMES.findall(path.read_text())}
+    (table,) = re.findall(r"(?s)\| our variables \|.*?\n\n", DOCUMENT)
+    assert ours == set(NAMES.findall(table))
