@@ -9,6 +9,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from l32jax.errors import InputError
@@ -147,13 +148,17 @@ def open_mpi(environ: Environ) -> Cluster | None:
 
 def tpu_pod(environ: Environ) -> Cluster | None:
     """GKE gives every TPU container the names of its slice, in the order of their numbers."""
-    names = _variable(environ, "TPU_PROCESS_ADDRESSES") or _variable(
-        environ, "TPU_WORKER_HOSTNAMES"
-    )
+    path = _variable(environ, "TPU_PROCESS_ADDRESSES_PATH")  # of a file, where they are very many
+    texts = [Path(path).read_text().strip()] if path else []
+    texts += [
+        _variable(environ, f"TPU_{name}") for name in ("PROCESS_ADDRESSES", "WORKER_HOSTNAMES")
+    ]
+    names = next((text for text in texts if text), "")
     rank = _number(environ, "TPU_WORKER_ID")
     if not names or rank is None:
         return None
-    return _of_slices("GKE TPU", names.split(","), rank, lambda key: environ.get(key, ""))
+    hosts = [name.split(":")[0] for name in names.split(",")]
+    return _of_slices("GKE TPU", hosts, rank, lambda key: environ.get(key, ""))
 
 
 def tpu_vm(environ: Environ) -> Cluster | None:

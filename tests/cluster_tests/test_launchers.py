@@ -180,6 +180,15 @@ def test_tpu_containers_of_gke_are_read_as_jax_reads_them(slices, metadata, in_e
     assert found.hosts == (() if slices else ("localhost", "tpu-b"))
 
 
+@pytest.mark.parametrize("names", ["a,b", "a:8471,b:8471"])
+def test_names_of_tpu_containers_may_have_ports_or_stand_in_a_file(names, tmp_path):
+    (tmp_path / "names").write_text(names + "\n")
+    expected = Cluster("GKE TPU", 2, 1, "a:8476", ("a", "b"))
+    told = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    assert find(told | {"TPU_PROCESS_ADDRESSES": names}) == expected
+    assert find(told | {"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "names")}) == expected
+
+
 def as_jax_says(found: Cluster, theirs) -> bool:
     assert found.coordinator.split(":")[0] == theirs.get_coordinator_address(1, None).split(":")[0]
     assert found.num_processes == theirs.get_process_count()
