@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from l32jax import cluster
+from l32jax.__main__ import main
 from l32jax.cluster import membership
 from l32jax.errors import InputError
 from tests.cluster_tests.test_roll_call import free_port
 
+ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
 from l32jax import cluster
@@ -71,6 +74,15 @@ def test_every_process_that_came_says_who_did_not():
         assert (code, out) == (1, "")
         assert err.startswith("l32jax: error: start of 3 processes by L32JAX_*: process 1 did not")
         assert err.count("\n") == 1
+
+
+def test_training_joins_first_of_all(tmp_path, monkeypatch, capsys):
+    """Shown by an environment that tells half."""
+    monkeypatch.setenv("L32JAX_PROCESS_ID", "0")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(ROOT / "configs/easy_vqa_tiny.py")]) == 2
+    assert "L32JAX_NUM_PROCESSES in the environment" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_process_alone_joins_nothing():

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-NUM_STEPS = 60
+NUM_STEPS = 120
 CONFIG = f"""
 from dataclasses import replace
 from pathlib import Path
