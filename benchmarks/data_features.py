@@ -137,7 +137,7 @@ def measure(folder: Path, rows: int, steps: int, pictures: int) -> dict:
         state = jax.jit(partial(init_state, SMALL, stage, 0))()
         begin = time.perf_counter()
         compute_features(
-            config, stage, Tokenizer.bytes_only(), state.params, mesh, check_stop=lambda: None
+            config, stage, Tokenizer.bytes_only(), state.params, mesh, stops=lambda: False
         )
         once = time.perf_counter() - begin
         runners = [

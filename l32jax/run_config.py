@@ -94,6 +94,31 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BadSteps:
+    """What becomes of a step whose loss or gradient is not finite, or is a spike.
+
+    then: "stop" ends the run, with what was saved before; "skip" leaves the step's update out;
+      "rollback" goes back to the last checkpoint, and past the data up to the bad batch.
+    spike: a loss, or norm of the gradient, so many times above the median of the last 64 good
+      steps; 0 for none.
+    beyond: batches after the bad one that a rollback leaves out too.
+    limit: the run ends after more skips in a row, or more rollbacks in a stage.
+    """
+
+    then: Literal["stop", "skip", "rollback"] = "stop"
+    spike: float = 0.0
+    beyond: int = 0
+    limit: int = 10
+
+    def __post_init__(self):
+        require_positive(self, "limit")
+        if self.spike and self.spike <= 1:
+            raise InputError(f"spike={self.spike} of bad steps: usual is 1; give more, or 0")
+        if self.beyond < 0:
+            raise InputError(f"beyond={self.beyond} of bad steps must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """Part of a run: which parameters learn, from what, for how long.
 
@@ -118,6 +143,7 @@ class StageConfig:
     ema_decay: float = 0.999
     average_from: float = 0.8
     average_every: int = 1
+    bad_steps: BadSteps = BadSteps()
 
     def __post_init__(self):
         require_positive(self, "num_steps", "accumulate", "average_every")
@@ -154,6 +180,8 @@ class TrainConfig:
     saved: what the backward pass finds saved and need not compute again: everything; the results
       of matrix products and of attention; those of attention; nothing.
     show_every: steps between looks inside, with examples; each costs a forward pass.
+    hung_after: seconds in which no step ends, and also ten times as long as steps take, after which
+      the process ends to be started again; 0 for never.
     """
 
     model: LlamaConfig
@@ -171,6 +199,7 @@ class TrainConfig:
     keep: int = 2
     log_every: int = 10
     show_every: int = 200
+    hung_after: float = 600.0
 
     def __post_init__(self):
         require_positive(self, "save_every", "keep", "log_every", "show_every")

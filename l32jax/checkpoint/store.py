@@ -53,10 +53,11 @@ class Reader:
         """The newest step that has digests; restoring may still find them violated."""
         return self._steps.latest()
 
-    def restore(self, target: Any) -> Restored:
+    def restore(self, target: Any, *, may_lack: str = "") -> Restored:
         """The newest undamaged step, its arrays placed as `target` says.
 
         `target` is a tree of `jax.ShapeDtypeStruct` (or arrays) with shardings on real devices.
+        What is named `may_lack`/… is None in the result if the step was saved without it.
         InputError if no step is undamaged, or if names, shapes or dtypes differ from the target's.
         """
         step = self._undamaged_step()
@@ -64,7 +65,7 @@ class Reader:
         iterators = sorted((path / ITERATOR).iterdir(), key=lambda file: int(file.stem))
         return Restored(
             step,
-            self._restore_arrays(step, target),
+            self._restore_arrays(step, target, may_lack),
             tuple(file.read_bytes() for file in iterators),
             (path / CONFIG).read_text(encoding="utf-8"),
         )
@@ -72,18 +73,22 @@ class Reader:
     def _undamaged_step(self) -> int:
         return undamaged_step(self._steps)
 
-    def _restore_arrays(self, step: int, target: Any) -> Any:
+    def _restore_arrays(self, step: int, target: Any, may_lack: str) -> Any:
         path = self._steps.path(step)
         wanted = named(target)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata: Any = checkpointer.metadata(path / STATE)
-            require_equal(wanted, metadata.item_metadata.tree, path)
+            found = metadata.item_metadata.tree
+            lacking = [n for n in wanted if may_lack and n not in found and n.startswith(may_lack)]
+            names = list(wanted)
+            wanted = {name: leaf for name, leaf in wanted.items() if name not in lacking}
+            require_equal(wanted, found, path)
             arguments = ocp.args.PyTreeRestore(
                 item=wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             )
             arrays = checkpointer.restore(path / STATE, args=arguments)
-        return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays.get(name) for name in names])
 
 
 class Store(Reader):

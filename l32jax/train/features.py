@@ -43,6 +43,10 @@ THREADS = 8  # that decode
 ASKED_SECONDS = 1.0  # between looks whether the first process has listed the images
 
 
+class Stopped(Exception):
+    """It was asked to stop; what is done is kept."""
+
+
 class Decoded(NamedTuple):
     tiles: Shaped[np.ndarray, "c 3 y x"]
     grid: Grid
@@ -55,7 +59,7 @@ def compute_features(
     params: Params,
     mesh: Mesh,
     *,
-    check_stop: Callable[[], None],
+    stops: Callable[[], bool],
 ) -> None:
     """Fills the stage's folder of features with those of its sources' images that it lacks.
 
@@ -63,8 +67,9 @@ def compute_features(
 
     Args:
       config: whose model is that of the stage.
-      check_stop: called after each unit; what it raises ends the work there.
+      stops: whether to stop, asked while images are listed, and after each unit.
     Raises:
+      Stopped: in all processes, when `stops` said so.
       InputError: the folder has features of another encoder, another process is at work there, or
         the disk has no room for all.
     """
@@ -79,13 +84,13 @@ def compute_features(
         if jax.process_index() == 0:
             until_done.enter_context(locks.take(folder, f"features in {str(folder)!r}"))
             write_kind(folder, kind)
-            _begin_parts(sources, kind, check_stop)
-        _await_parts(sources)
+            _begin_parts(sources, kind, stops)
+        _await_parts(sources, stops)
         parts = [Part(each, kind) for each in sources]
         _require_room(folder, kind, parts)
         encoder = Encoder(config, params, mesh, kind)
         for part, source in zip(parts, sources.values(), strict=True):
-            _compute_part(folder, part, source, encoder, check_stop)
+            _compute_part(folder, part, source, encoder, stops)
 
 
 def kind_of(config: TrainConfig, stage: StageConfig, params: Params) -> Kind:
@@ -121,7 +126,7 @@ def _everywhere(layers: Array, index: Int[Array, ""] | int) -> Array:
     return jax.sharding.reshard(layers[index], PartitionSpec())
 
 
-def _begin_parts(sources: dict[Path, Source], kind: Kind, check_stop: Callable[[], None]) -> None:
+def _begin_parts(sources: dict[Path, Source], kind: Kind, stops: Callable[[], bool]) -> None:
     for folder, source in sources.items():
         if Part.is_begun(folder):
             continue
@@ -129,15 +134,18 @@ def _begin_parts(sources: dict[Path, Source], kind: Kind, check_stop: Callable[[
 
             def go_on(records: int, advance=advance) -> None:
                 advance(records)
-                check_stop()
+                if stops():
+                    raise Stopped
 
             Part.begin(folder, list_images(source, kind, advance=go_on))
 
 
-def _await_parts(folders: Iterable[Path]) -> None:
+def _await_parts(folders: Iterable[Path], stops: Callable[[], bool]) -> None:
     """By looking: a barrier might lose its patience while the first process lists the images."""
     for folder in folders:
         while not Part.is_begun(folder):
+            if stops():
+                raise Stopped
             time.sleep(ASKED_SECONDS)
 
 
@@ -177,7 +185,7 @@ def _agreed(array: np.ndarray) -> np.ndarray:
 
 
 def _compute_part(
-    folder: Path, part: Part, source: Source, encoder: "Encoder", check_stop: Callable[[], None]
+    folder: Path, part: Part, source: Source, encoder: "Encoder", stops: Callable[[], bool]
 ) -> None:
     """The processes take units in turn, and as many steps for them."""
     multihost_utils.sync_global_devices("the parts before are done")
@@ -202,7 +210,8 @@ def _compute_part(
                 elsewhere = sorted(set(range(len(part.unit(index)))).difference(mine))
                 writing = writer.submit(part.write, index, unit._replace(elsewhere=elsewhere))
             advance(sum(map(len, together)))
-            check_stop()
+            if _agreed(np.array(stops())):
+                raise Stopped
         _finish(writing, folder)
 
 

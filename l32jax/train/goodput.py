@@ -16,10 +16,12 @@ ml-goodput-measurement, and of what is productive one:
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
 
 from l32jax.train import journal
@@ -35,6 +37,7 @@ Spent = Literal[
     "custom_badput_events",
 ]
 LOST, IDLE = "wasted_progress_from_disruption", "infrastructure_recovery_from_disruption"
+RECENT = 32  # steps whose median is the usual one
 LEAST, MOST, SHARE = 1.0, 60.0, 0.05  # between lines: what a kill leaves untold counts as idle
 
 
@@ -47,6 +50,7 @@ class Clock:
         self._spent = dict.fromkeys(get_args(Spent), 0.0)  # since the last line
         self._began = self._since = self._written = time.monotonic()
         self._before = Goodput({}, 0)
+        self._step_began, self._steps = self._began, deque[float](maxlen=RECENT)
         self.entered = False
 
     def enter(self, stage: int, step: int) -> None:
@@ -74,6 +78,7 @@ class Clock:
         try:
             yield
         finally:
+            self.excuse()
             self.switch(before)
 
     def move(self, seconds: float, bucket: Spent) -> None:
@@ -85,9 +90,24 @@ class Clock:
     def reached(self, stage: int, step: int, *, last: bool = False) -> None:
         """So many steps of the stage are done; written now and then, and if it is the last."""
         now = time.monotonic()
+        self._steps.append(now - self._step_began)
+        self._step_began = now
         pause = min(max(SHARE * (now - self._began), LEAST), MOST)
         if last or now - self._written > pause:
             self._write(event="reached", stage=stage, step=step)
+
+    @property
+    def usual_step(self) -> float:
+        """The median of the seconds between the ends of recent steps."""
+        return median(self._steps) if self._steps else 0.0
+
+    def seconds_in_step(self) -> float:
+        """Since the end of the last step, if nothing but steps goes on; also from other threads."""
+        return time.monotonic() - self._step_began if self._bucket == "step" else 0.0
+
+    def excuse(self) -> None:
+        """The step that goes on begins now."""
+        self._step_began = time.monotonic()
 
     def so_far(self) -> "Goodput":
         """Of the whole run, with what is not written yet."""

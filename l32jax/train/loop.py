@@ -1,18 +1,21 @@
 """Running a configured run: its stages in order, each resumable at any step."""
 
 import logging
-import signal
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 
+from l32jax.checkpoint.steps import Steps
 from l32jax.checkpoint.store import SaveError, Store
 from l32jax.config_text import changed_fields, to_json
 from l32jax.data.batches import Batches, place
@@ -21,24 +24,35 @@ from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params, on_mesh
 from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.train.accumulate import require_even_rows
-from l32jax.train.features import compute_features
+from l32jax.train.bad_steps import Judge, RollBack
+from l32jax.train.board import open_board
+from l32jax.train.ending import restart_from
+from l32jax.train.features import Stopped, compute_features
 from l32jax.train.goodput import Clock
-from l32jax.train.objectives import next_token
 from l32jax.train.optimizer import learning_rate
+from l32jax.train.peers import watched
 from l32jax.train.report import Report
 from l32jax.train.run_folder import at_work
-from l32jax.train.step import TrainState, begin_stage, end_stage, init_state, make_train_step
+from l32jax.train.step import TrainState, begin_stage, end_stage, init_state, stage_step
+from l32jax.train.stopping import Interrupted, Stop
+from l32jax.train.watchdog import watchdog
 
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved; the same command goes on with it."""
+Step = Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, dict[str, Any]]]
 
-    def __init__(self, stage: str, step: int):
-        super().__init__(
-            f"saved stage {stage!r} at step {step}; the same command goes on from there"
-        )
+
+class Beside(NamedTuple):
+    """What goes along with a run from its begin to its end.
+
+    Attributes:
+      blamed: around what needs the other processes; see `peers`.
+    """
+
+    clock: Clock
+    stop: Stop
+    blamed: Callable[[], AbstractContextManager[None]]
 
 
 def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh: Mesh) -> Params:
@@ -49,11 +63,17 @@ def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh
     """
     for stage in config.stages:
         require_even_rows(stage, mesh)
-    writing = jax.process_index() == 0
-    with at_work(config, writing=writing, stopped_by=Interrupted) as clock:
-        for number, stage in enumerate(config.stages):
+    board, restart = open_board(), restart_from(partial(newest_save, config))
+    stop, writing = Stop(board), jax.process_index() == 0
+    with (
+        watched(board, restart) as peers,
+        at_work(config, writing=writing, stopped_by=Interrupted) as clock,
+        watchdog(config, clock, restart, tell=peers and peers.end),
+    ):
+        beside = Beside(clock, stop, peers.blamed if peers else nullcontext)
+        for number in range(len(config.stages)):
             with jax.set_mesh(mesh):
-                state = run_stage(config, number, stage, tokenizer, params, mesh, clock)
+                state = run_stage(config, number, tokenizer, params, mesh, beside)
                 params = state.params
     assert params is not None
     return params
@@ -63,20 +83,40 @@ def stage_directory(config: TrainConfig, number: int) -> Path:
     return Path(config.directory) / f"{number + 1}_{config.stages[number].name}"
 
 
+def newest_save(config: TrainConfig) -> tuple[int, int]:
+    """The number of the stage that was saved last, and its step; (-1, 0) if none was."""
+    steps = [Steps(stage_directory(config, n)).latest() for n in range(len(config.stages))]
+    return max(((n, step) for n, step in enumerate(steps) if step is not None), default=(-1, 0))
+
+
+class _Stage(NamedTuple):
+    """A stage at work; its config's model is what the checkpoints of the stage say they hold."""
+
+    config: TrainConfig
+    number: int
+    mesh: Mesh
+    tokenizer: Tokenizer
+    batches: Batches
+    store: Store
+
+    @property
+    def stage(self) -> StageConfig:
+        return self.config.stages[self.number]
+
+
 def run_stage(
     config: TrainConfig,
     number: int,
-    stage: StageConfig,
     tokenizer: Tokenizer,
     params: Params | None,
     mesh: Mesh,
-    clock: Clock,
+    beside: Beside,
 ) -> TrainState:
     """One stage from its newest checkpoint, or from `params`, to its last step."""
-    clock.switch("training_prep")
-    config = replace(config, model=config.model_of(number))  # which its checkpoints say they hold
+    beside.clock.switch("training_prep")
+    config = replace(config, model=config.model_of(number))
     batches = open_batches(
-        stage.data,
+        config.stages[number].data,
         config.model,
         tokenizer,
         seed=config.seed + number,
@@ -84,72 +124,78 @@ def run_stage(
         process_count=jax.process_count(),
     )
     with closing(batches), Store(stage_directory(config, number), keep=config.keep) as store:
+        at = _Stage(config, number, mesh, tokenizer, batches, store)
         if store.steps():
-            clock.switch("unproductive_checkpoint_restore_time")
-        state = _init_or_restore(config, number, stage, store, batches, params, mesh)
-        clock.switch("training_prep")
-        first, last = int(state.step), stage.num_steps
-        if first == last:
+            beside.clock.switch("unproductive_checkpoint_restore_time")
+        state = _init_or_restore(at, params)
+        beside.clock.switch("training_prep")
+        if int(state.step) == at.stage.num_steps:
             return state
-        if stage.data.features is not None:
-            _compute_features(config, stage, tokenizer, state, mesh)
-        tokenizer_files = tokenizer.files()
-        objective = partial(
-            next_token,
-            z_loss=stage.z_loss,
-            dtype=jnp.dtype(config.dtype),
-            saved=config.saved,
-            attention=config.attention,
+        if at.stage.data.features is not None:
+            _compute_features(at, state, beside.stop)
+        return _finish(at, state, beside)
+
+
+def _finish(at: _Stage, state: TrainState, beside: Beside) -> TrainState:
+    """What is left of a stage's steps; after a rollback, again what is left of them."""
+    step = stage_step(at.config, at.number)
+    judge = Judge(Path(at.config.directory), at.number, at.stage)
+    if at.stage.bad_steps.then == "rollback" and not at.store.steps():
+        _save(at, 0, state)
+    while True:
+        report = Report(
+            at.config,
+            at.number,
+            int(state.step),
+            clock=beside.clock,
+            mesh=at.mesh,
+            tokenizer=at.tokenizer,
+            judge=judge,
         )
-        matrix_dtype = config.dtype if config.params == "bfloat16" else "float32"
-        step = make_train_step(config.model, stage, objective, matrix_dtype=jnp.dtype(matrix_dtype))
-        report = Report(config, number, first, clock=clock, mesh=mesh, tokenizer=tokenizer)
-        with report, _stop_requested() as stop:
-            for index in range(first, last):
-                with report.waiting():
-                    batch = next(batches)
-                rate = learning_rate(stage.optimizer, last, index)
-                placed = place(batch, mesh)
-                state, metrics = step(state, placed, jnp.float32(rate))
-                # The devices are at work on it; this reads the metrics of the step before.
-                metrics |= {"learning_rate": rate}
-                report(index, batch, metrics, placed=placed, params=state.params)
-                done = index + 1
-                if done == last:
-                    state = end_stage(config.model, stage, state)
-                stopping = stop()  # asked once a step: a signal may come between two answers
-                if stopping or done == last or done % config.save_every == 0:
-                    with report.saving():
-                        _save(store, done, state, batches, config, tokenizer_files)
-                if stopping:
-                    store.wait()
-                    raise Interrupted(stage.name, done)
+        try:
+            with report, beside.stop.listening(), beside.blamed():
+                return _take_steps(at, step, state, report, judge, beside.stop)
+        except RollBack as bad:
+            traceback.clear_frames(bad.__traceback__)  # they hold the state that is given up
+            beside.clock.switch("unproductive_checkpoint_restore_time")
+            state = _init_or_restore(at, None)
+            judge.go_back(bad, int(state.step))
+
+
+def _take_steps(
+    at: _Stage, step: Step, state: TrainState, report: Report, judge: Judge, stop: Stop
+) -> TrainState:
+    last = at.stage.num_steps
+    for index in range(int(state.step), last):
+        for _ in range(judge.left_out(index)):
+            next(at.batches)
+        with report.waiting():
+            batch = next(at.batches)
+        rate = learning_rate(at.stage.optimizer, last, index)
+        placed = place(batch, at.mesh)
+        state, metrics = step(state, placed, jnp.float32(rate))
+        # The devices are at work on it; this reads the metrics of the step before.
+        metrics |= {"learning_rate": rate}
+        report(index, batch, metrics, placed=placed, params=state.params)
+        done = index + 1
+        if done == last:
+            state = end_stage(at.config.model, at.stage, state)
+        stopping = stop.after_step()  # asked once: a signal may come between two answers
+        if stopping or done == last or done % at.config.save_every == 0:
+            with report.saving():
+                _save(at, done, state)
+        if stopping:
+            at.store.wait()
+            raise Interrupted(at.stage.name, done)
     return state
 
 
-def _init_or_restore(
-    config: TrainConfig,
-    number: int,
-    stage: StageConfig,
-    store: Store,
-    batches: Batches,
-    params: Params | None,
-    mesh: Mesh,
-) -> TrainState:
-    seed = config.seed + number
+def _init_or_restore(at: _Stage, params: Params | None) -> TrainState:
+    config, stage, seed = at.config, at.stage, at.config.seed + at.number
     dtype = jnp.dtype(config.params)
     init = partial(init_state, config.model, stage, seed, frozen_dtype=dtype)
-    if store.steps():
-        restored = store.restore(on_mesh(jax.eval_shape(init), mesh))
-        if changed := changed_fields(restored.config_json, config):
-            logger.warning(
-                "stage %r goes on from step %d with another config: %s",
-                stage.name,
-                restored.step,
-                ", ".join(changed),
-            )
-        batches.set_state(restored.iterator_states)
-        return restored.state
+    if at.store.steps():
+        return _restored(at, on_mesh(jax.eval_shape(init), at.mesh))
     if params is None:
         return jax.jit(init)()
     begin = partial(begin_stage, config.model, stage, seed=seed, frozen_dtype=dtype)
@@ -160,51 +206,39 @@ def _init_or_restore(
     return state
 
 
-def _compute_features(
-    config: TrainConfig, stage: StageConfig, tokenizer: Tokenizer, state: TrainState, mesh: Mesh
-) -> None:
-    with _stop_requested() as stop:
+def _restored(at: _Stage, target: TrainState) -> TrainState:
+    """Of the newest checkpoint; older versions saved none of what steps are judged by."""
+    restored = at.store.restore(target, may_lack="guard/")
+    if changed := changed_fields(restored.config_json, at.config):
+        logger.warning(
+            "stage %r goes on from step %d with another config: %s",
+            at.stage.name,
+            restored.step,
+            ", ".join(changed),
+        )
+    at.batches.set_state(restored.iterator_states)
+    lacks_guard = any(each is None for each in restored.state.guard)
+    return restored.state._replace(guard=None) if lacks_guard else restored.state
 
-        def check_stop() -> None:
-            if stop():
-                raise Interrupted(stage.name, int(state.step))
 
-        compute_features(config, stage, tokenizer, state.params, mesh, check_stop=check_stop)
+def _compute_features(at: _Stage, state: TrainState, stop: Stop) -> None:
+    stops = stop.outside_steps
+    try:
+        with stop.listening():
+            compute_features(at.config, at.stage, at.tokenizer, state.params, at.mesh, stops=stops)
+    except Stopped:
+        raise Interrupted(at.stage.name, int(state.step)) from None
 
 
-def _save(
-    store: Store,
-    step: int,
-    state: TrainState,
-    batches: Batches,
-    config: TrainConfig,
-    tokenizer_files: Mapping[str, bytes],
-) -> None:
+def _save(at: _Stage, step: int, state: TrainState) -> None:
     """Training outlives a full disk: the step is lost, and the next one is tried."""
     try:
-        store.save(
+        at.store.save(
             step,
             state,
-            config_json=to_json(config),
-            iterator_state=batches.get_state(),
-            extra_files=tokenizer_files,
+            config_json=to_json(at.config),
+            iterator_state=at.batches.get_state(),
+            extra_files=at.tokenizer.files(),
         )
     except SaveError as error:
         logger.warning("%s", error)
-
-
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """True once Ctrl-C or SIGTERM has come; a second Ctrl-C ends the process at once."""
-    received = []
-
-    def note(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

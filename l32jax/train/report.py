@@ -15,13 +15,20 @@ from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params
 from l32jax.run_config import TrainConfig
 from l32jax.train import examples, goodput, inside, journal
+from l32jax.train.bad_steps import Judge
 from l32jax.train.flops import Counts
 from l32jax.train.run_folder import METRICS
 from l32jax.train.speed import Speed, full_step
 from l32jax.train.view import View
 
 # Loss and accuracy stand by themselves; what else a step returns is put below one of these.
-GROUPS = {"grad_norm": "optim", "learning_rate": "optim", "weight": "data"}
+GROUPS = {
+    "grad_norm": "optim",
+    "learning_rate": "optim",
+    "bad": "optim",
+    "skipped": "optim",
+    "weight": "data",
+}
 
 
 class _Step(NamedTuple):
@@ -50,6 +57,7 @@ class Report:
       config: of the run; its model is this stage's.
       number, first_step: of the stage, and how many of its steps are done.
       clock: of the run's goodput.
+      judge: of bad steps; what it raises comes from where a step is reported, or saved.
     """
 
     def __init__(
@@ -61,12 +69,15 @@ class Report:
         clock: goodput.Clock,
         mesh: Mesh,
         tokenizer: Tokenizer,
+        judge: Judge | None = None,
     ):
+        self._judge = judge
         self._config, self._stage = config, config.stages[number]
         self._number, self._first_step = number, first_step
         self._clock, self._tokenizer = clock, tokenizer
         self._under_way: _Step | None = None
         self._untold: _Step | None = None
+        self._unjudged: _Step | None = None
         self._ended = self._waited = 0.0
         self._looks: dict[str, float] = {}  # of the last look
         self._untold_looks: dict[str, float] = {}
@@ -115,6 +126,7 @@ class Report:
     def saving(self) -> Iterator[None]:
         """Around what saves the state; that is no step's time."""
         with self._pausing("unproductive_checkpoint_save_time"):
+            self._judge_ended()
             yield
 
     def __call__(
@@ -135,6 +147,7 @@ class Report:
         self._wait()
         self._tell()
         self._under_way = step
+        self._judge_ended()
         if self._is_due(done, self._config.show_every):
             with self._pausing("custom_badput_events"):
                 self._look_inside(done, batch, placed, params)
@@ -151,10 +164,16 @@ class Report:
         ended = time.monotonic() if ended is None else ended
         if self._ended:
             self._speed.add(ended - self._ended, step.waited, step.counts)
-        self._ended, self._untold = ended, step
+        self._ended, self._untold, self._unjudged = ended, step, step
         self._clock.switch("step")
         last = step.number == self._stage.num_steps
         self._clock.reached(self._number, step.number, last=last)
+
+    def _judge_ended(self) -> None:
+        """Not as soon as a step has ended, but where all processes have come equally far."""
+        step, self._unjudged = self._unjudged, None
+        if step is not None and self._judge is not None:
+            self._judge(step.number, step.metrics)
 
     @contextmanager
     def _pausing(self, bucket: goodput.Spent) -> Iterator[None]:
@@ -177,6 +196,7 @@ class Report:
         values |= inside.gate_scalars(gates, self._config.model.decoder)
         values |= self._untold_looks
         self._untold_looks = {}
+        values |= self._judge.counts() if self._judge else {}
         values["perf/goodput"] = self._clock.so_far().share
         self._write(step.number, values)
         self._view.show(step.number, self._looks | values, *self._seconds_left(step.number))

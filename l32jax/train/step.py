@@ -16,6 +16,7 @@ from l32jax.model.resize import resize_positions
 from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.train.accumulate import summed_gradients
 from l32jax.train.average import averaged, begin_average
+from l32jax.train.bad_steps import Guard, begin_guard, judged, kept_if
 from l32jax.train.inside import part_norms
 from l32jax.train.matrices import is_projection
 from l32jax.train.objectives import Batch, Metrics, next_token
@@ -28,7 +29,7 @@ class TrainState(NamedTuple):
     """Everything of a run that a step changes, or that later steps depend on.
 
     `opt_state` and `average` have leaves for the parameters that train, and none for frozen ones;
-    `average` has none where the stage takes none.
+    `average` has none where the stage takes none. `guard` is what steps are judged by.
     """
 
     step: Int[Array, ""]
@@ -36,6 +37,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     rng: UInt32[Array, "2"]  # raw key data: a checkpoint holds plain arrays
     average: Params | None = None
+    guard: Guard | None = None
 
 
 def init_state(
@@ -73,6 +75,7 @@ def begin_stage(
         make_optimizer(stage.optimizer).init(trainable),
         rng,
         begin_average(stage, trainable),
+        begin_guard(),
     )
 
 
@@ -132,13 +135,20 @@ def make_train_step(
         grads, metrics = optax.tree.scale(1 / jnp.maximum(weight, 1e-6), (grads, sums))
 
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        trainable = optax.apply_updates(trainable, optax.tree.scale(rate, updates))
+        updated = optax.apply_updates(trainable, optax.tree.scale(rate, updates))
         done = state.step + 1
-        average = averaged(stage, state.average, trainable, done)
+        learned = updated, opt_state, averaged(stage, state.average, updated, done)
         metrics |= {"weight": weight, "grad_norm": optax.tree.norm(grads)}
         metrics |= part_norms(grads, config)
-        params = combine(trainable, frozen)
-        return TrainState(done, params, opt_state, state.rng, average), metrics
+        guard = state.guard or begin_guard()
+        guard, bad = judged(stage.bad_steps, guard, metrics["loss"], metrics["grad_norm"])
+        metrics |= {"bad": guard.in_a_row}
+        if stage.bad_steps.then == "skip":
+            learned = kept_if(bad, (trainable, state.opt_state, state.average), learned)
+            metrics |= {"skipped": guard.skipped}
+        updated, opt_state, average = learned
+        params = combine(updated, frozen)
+        return TrainState(done, params, opt_state, state.rng, average, guard), metrics
 
     return train_step
 

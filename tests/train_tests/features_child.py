@@ -44,7 +44,7 @@ def main(source: str, folder: str, lives: str, port: str = "", process: str = ""
     with jax.set_mesh(mesh):
         params = random_params(MODEL, mesh)
         compute_features(
-            config, config.stages[0], Tokenizer.bytes_only(), params, mesh, check_stop=lambda: None
+            config, config.stages[0], Tokenizer.bytes_only(), params, mesh, stops=lambda: False
         )
 
 

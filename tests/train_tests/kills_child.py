@@ -1,4 +1,4 @@
-"""Trains what a JSON file says: `python -m tests.train_tests.kills_child FILE [PORT PROCESS]`."""
+"""One process of `l32jax train`: `kills_child PORT PROCESS COUNT CONFIG.py [FIELD=VALUE ...]`."""
 
 import sys
 from pathlib import Path
@@ -10,24 +10,30 @@ from jax._src import compiler, distributed
 CACHE = Path(__file__).parents[2] / ".jax_cache"
 
 
-def main(config_file: str, port: str = "", process: str = "") -> None:
-    jax.config.update("jax_compilation_cache_dir", str(CACHE / process))
+def main(port: str, process: str, count: str, *train: str) -> int:
+    cache = CACHE / f"{process}_of_{count}" if int(count) > 1 else CACHE
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if port:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
+    if int(count) > 1:
+        connect(f"127.0.0.1:{port}", int(count), int(process))
         write_the_cache_in_every_process()
-    from l32jax import api
-    from l32jax.config_text import from_json
-    from l32jax.run_config import TrainConfig
+    from l32jax.__main__ import main
 
-    api.run(from_json(TrainConfig, Path(config_file).read_text()))
+    return main(["train", *train])
+
+
+def connect(coordinator: str, count: int, process: int) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        coordinator, num_processes=count, process_id=process, heartbeat_timeout_seconds=30
+    )
 
 
 def write_the_cache_in_every_process() -> None:
-    """JAX writes in process 0 alone, whose programs are not the other's.
+    """JAX writes in process 0 alone, whose programs are not the others'.
 
-    That one would compile each time, while process 0 waits for it, in vain after 30 seconds.
+    Those would compile each time, while process 0 waits for them, in vain after 30 seconds.
     """
     write = compiler._cache_write
 
@@ -39,4 +45,4 @@ def write_the_cache_in_every_process() -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -351,9 +350,9 @@ def test_a_signal_at_any_moment_of_a_step_finds_the_step_saved(config_in, tmp_pa
         return state._replace(step=state.step + 1), {"loss": zero, "accuracy": zero}
 
     state = TrainState(jnp.int32(0), {"weight": jnp.zeros(2)}, (), jnp.zeros(2, jnp.uint32))
-    monkeypatch.setattr(loop, "_stop_requested", lambda: nullcontext(lambda: next(answers)))
+    monkeypatch.setattr(loop.Stop, "after_step", lambda _: next(answers))
     monkeypatch.setattr(loop, "_init_or_restore", lambda *_: state)
-    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: step)
+    monkeypatch.setattr(loop, "stage_step", lambda *_: step)
     config = config_in(tmp_path / "run")
     with pytest.raises(loop.Interrupted) as interrupted:
         loop.train(config, Tokenizer.bytes_only(), None, single_device_mesh())

@@ -38,14 +38,14 @@ def digest(arrays: dict) -> str:
 
 def run(config: TrainConfig, log: Path, hold: list | None) -> None:
     """Trains through the real loop, with witnesses at its step and at the end of its stages."""
-    make_train_step, run_stage = loop.make_train_step, loop.run_stage
+    stage_step, run_stage = loop.stage_step, loop.run_stage
 
     def tell(record: dict) -> None:
         with log.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def witnessed_step(model, stage, objective, **options):
-        step = make_train_step(model, stage, objective, **options)
+    def witnessed_step(config, number):
+        step, stage = stage_step(config, number), config.stages[number]
 
         def stepping(state, batch, rate):
             place = [stage.name, int(state.step)]
@@ -57,13 +57,13 @@ def run(config: TrainConfig, log: Path, hold: list | None) -> None:
 
         return stepping
 
-    def witnessed_stage(config, number, stage, *rest):
-        state = run_stage(config, number, stage, *rest)
+    def witnessed_stage(config, number, *rest):
+        state, stage = run_stage(config, number, *rest), config.stages[number]
         for name, leaf in flatten(state._asdict()).items():
             tell({"leaf": [stage.name, name], "sha256": digest({"": leaf})})
         return state
 
-    loop.make_train_step, loop.run_stage = witnessed_step, witnessed_stage
+    loop.stage_step, loop.run_stage = witnessed_step, witnessed_stage
     try:
         loop.train(config, Tokenizer.bytes_only(), None, single_device_mesh())
     except loop.Interrupted as interrupted:
