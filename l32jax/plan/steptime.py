@@ -6,6 +6,7 @@ links' bandwidth: all of it where the program waits for them, and what is left o
 were started earlier. So it is a model, and compares programs; nothing of it was measured.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -192,17 +193,23 @@ class _Run:
         if group is None:
             self._doubt(f"{kind} of groups that are not understood: all devices", 0.0)
             group = [*range(network.devices)]
-        given = math.fsum(
-            array.num_bytes
-            for name in one.operands
-            for array in self.computation.named[name].arrays
-        )
+        given = self._given_bytes(one)
         whole = given * len(group) if kind == "all-gather" else given
         sent = sent_bytes(kind, whole, len(group))
         axes = network.spanned(group)
         seconds = network.seconds(kind, sent, axes) if axes else 0.0
         self._note(Exchange(kind, axes), sent, seconds)
         return seconds
+
+    def _given_bytes(self, one: Instruction) -> float:
+        """Of what a device brings, which XLA may narrow on the way: taken to be sent narrow."""
+        given = [array for name in one.operands for array in self.computation.named[name].arrays]
+        if len(given) != len(one.arrays):  # what it was started with is in the result too
+            return math.fsum(array.num_bytes for array in given)
+        narrow = (
+            dataclasses.replace(a, dtype=b.dtype) for a, b in zip(given, one.arrays, strict=True)
+        )
+        return math.fsum(min(a.num_bytes, b.num_bytes) for a, b in zip(given, narrow, strict=True))
 
     def _transfer(self, one: Instruction) -> float:
         """Seconds of a send to other slices; what is received arrives with what is sent."""

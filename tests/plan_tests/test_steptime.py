@@ -125,10 +125,11 @@ def test_neighbours_send_in_both_directions_at_once():
         assert found.exchanges[Exchange("collective-permute", ("fsdp",))].count == 2
 
 
-def test_what_runs_beside_the_core_is_awaited():
+@pytest.mark.parametrize(("opcode", "calls"), [("async", "calls"), ("call", "to_apply")])
+def test_what_runs_beside_the_core_is_awaited(opcode, calls):
     inside = computation("offloaded", f"%big = {ARRAY} parameter(0)", f"ROOT {gather()}")
-    start = f"%s = (({ARRAY}), {GATHERED}, u32[]) async-start(%big), calls=%offloaded"
-    done = f"%d = {GATHERED} async-done(%s)"
+    start = f"%s = (({ARRAY}), {GATHERED}, u32[]) {opcode}-start(%big), {calls}=%offloaded"
+    done = f"%d = {GATHERED} {opcode}-done(%s)"
     found = of(program(X, BIG, start, work("y", 1000), done, before=inside))
     assert found.exposed == pytest.approx(WIRE - 1e-3)
     assert found.exchanges[Exchange("all-gather", ("fsdp",))].count == 1
@@ -149,6 +150,16 @@ def test_reducing_and_slicing_in_one_is_scattering():
     found = of(program(X, given, line, before=inside))
     assert found.exposed == pytest.approx(WIRE)
     assert found.exchanges[Exchange("reduce-scatter", ("fsdp",))].sent == 4 * LARGE * 7 / 8
+
+
+def test_numbers_that_are_made_narrow_on_the_way_are_sent_narrow():
+    """XLA takes the cast of a sum into the collective."""
+    lines = (
+        "%x = f32[4000] parameter(0)",
+        "%y = bf16[4000] all-reduce(%x), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add",
+    )
+    found = of(program(*lines, before=computation("add", X)))
+    assert found.exchanges[Exchange("all-reduce", ("fsdp",))].sent == 2 * 4000 * 2 * 7 / 8
 
 
 MEGASCALE = 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
