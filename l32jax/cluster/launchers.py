@@ -112,10 +112,8 @@ def slurm(environ: Environ) -> Cluster | None:
     tasks = _tasks_per_node(_variable(environ, "SLURM_STEP_TASKS_PER_NODE")) or [1] * len(nodes)
     hosts = tuple(node for node, count in zip(nodes, tasks, strict=False) for _ in range(count))
     # Tasks can be dealt out to nodes in another order; only that of blocks is known here.
-    in_blocks = len(hosts) == number and _variable(environ, "SLURM_DISTRIBUTION")[:5] in (
-        "",
-        "block",
-    )
+    dealt = _variable(environ, "SLURM_DISTRIBUTION") or "block"
+    in_blocks = dealt.startswith("block") and len(hosts) == number
     job, step = _number(environ, "SLURM_JOB_ID") or 0, _number(environ, "SLURM_STEP_ID") or 0
     port = SLURM_PORTS[0] + (job + 769 * step) % SLURM_PORTS[1]  # two steps of a job differ
     return Cluster(

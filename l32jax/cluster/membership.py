@@ -1,6 +1,5 @@
 """Joining the cluster: the one way in, on every kind of cluster."""
 
-import logging
 import os
 import socket
 import sys
@@ -17,7 +16,6 @@ CONNECT_SECONDS = 60  # for JAX to connect those that have come
 HOST_NAMES = ("L32JAX_HOST", "SLURMD_NODENAME")  # of nodes, which containers do not know otherwise
 PROXY_EXEMPTION = "no_grpc_proxy"  # a proxy for the web, where one is set, knows no hosts of ours
 
-logger = logging.getLogger(__name__)
 _hosts: tuple[str, ...] = ()
 
 

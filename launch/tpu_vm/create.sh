@@ -26,7 +26,7 @@ done
 
 archive=$(mktemp -d)/l32jax.tar.gz
 git archive --output="$archive" HEAD
-gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/l32jax.tar.gz" --zone="$ZONE" --worker=all
+gcloud compute tpus tpu-vm scp "$archive" "$NAME:l32jax.tar.gz" --zone="$ZONE" --worker=all
 gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="
-  mkdir -p l32jax && tar xzf /tmp/l32jax.tar.gz -C l32jax && cd l32jax &&
+  mkdir -p l32jax && tar xzf l32jax.tar.gz -C l32jax && cd l32jax &&
   python3 -m venv .venv && .venv/bin/pip install -q -c requirements/constraints.txt -e '.[tpu]'"
