@@ -142,6 +142,7 @@ def _finish(at: _Stage, state: TrainState, beside: Beside) -> TrainState:
     judge = Judge(Path(at.config.directory), at.number, at.stage)
     if at.stage.bad_steps.then == "rollback" and not at.store.steps():
         _save(at, 0, state)
+        at.store.wait()  # there is no other way back before the first step that is saved
     while True:
         report = Report(
             at.config,
