@@ -15,7 +15,7 @@ from typing import NamedTuple
 from l32jax.errors import InputError
 
 PORT = 8476  # of process 0, where the launcher leaves the choice
-SLURM_PORTS = (61440, 4096)  # first, and how many: above those that Linux gives out by itself
+FIRST_PORT, NUM_PORTS = 61440, 4096  # above those that Linux gives out; by the number of a job
 
 Environ = Mapping[str, str]
 
@@ -115,7 +115,7 @@ def slurm(environ: Environ) -> Cluster | None:
     dealt = _variable(environ, "SLURM_DISTRIBUTION") or "block"
     in_blocks = dealt.startswith("block") and len(hosts) == number
     job, step = _number(environ, "SLURM_JOB_ID") or 0, _number(environ, "SLURM_STEP_ID") or 0
-    port = SLURM_PORTS[0] + (job + 769 * step) % SLURM_PORTS[1]  # two steps of a job differ
+    port = FIRST_PORT + (job + 769 * step) % NUM_PORTS  # two steps of a job differ
     return Cluster(
         "Slurm",
         number,
@@ -133,13 +133,14 @@ def open_mpi(environ: Environ) -> Cluster | None:
     if number is None or rank is None:
         return None
     uri = _variable(environ, "OMPI_MCA_orte_hnp_uri")
-    where = re.search(r"tcp6?://\[?([^\],]+?)(?:[,\]]|:\d+$|$)", uri)
+    where = re.search(r"^(\d+).*?tcp6?://\[?([^\],;]+?)(?:[\],;]|:\d+(?:;|$)|$)", uri)
+    port = FIRST_PORT + int(where[1]) // 4096 % NUM_PORTS if where else 0
     shared = (_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
     return Cluster(
         "Open MPI",
         number,
         rank,
-        _at(where[1]) if where else "",
+        _at(where[2], port) if where else "",
         local_device=_one_device(environ, "OMPI_COMM_WORLD_LOCAL_RANK", shared=shared),
     )
 

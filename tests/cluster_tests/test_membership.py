@@ -1,6 +1,7 @@
 """Real processes join, compute together, or say in one line who is missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,21 @@ def test_processes_join_and_know_each_others_hosts_whatever_proxy_is_set():
     assert {out.splitlines()[-1] for _, out, _ in ended} == {"['host0', 'host1'];[0, 1]"}
     line = "l32jax: 2 processes by L32JAX_*: 0=host0 1=host1\n"
     assert [err.count(line) for _, _, err in ended] == [1, 0]
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun here")
+def test_processes_of_a_real_mpirun_join():
+    """The one command on one host, as root may give it."""
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2"]
+    ended = subprocess.run(
+        [*command, sys.executable, "-c", CHILD],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "L32JAX_HOST": "host"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0
+    assert ended.stdout.count("['host', 'host'];[0, 1]\n") == 2
 
 
 def test_every_process_that_came_says_who_did_not():

@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 
 from l32jax.cluster import find
+from tests.cluster_tests.test_roll_call import free_port
 from tests.launch_tests import pods
 from tests.launch_tests.runs import NUM_STEPS, losses, write_run
 from tests.launch_tests.schema import require_valid
@@ -86,6 +87,11 @@ def test_containers_train_and_go_on_after_one_is_preempted(tmp_path):
     """As JobSet does it: a pod that fails ends the rest, and all are started again."""
     write_run(tmp_path)
     made = pods.pods(pods.read(GKE / "jobset_gpu.yaml", VALUES), {"/shared": tmp_path})
+    port = f":{free_port()}"  # 8476 is the pod's own; this machine is not
+    for pod in made:
+        pod.environ["JAX_COORDINATOR_ADDRESS"] = pod.environ["JAX_COORDINATOR_ADDRESS"].replace(
+            ":8476", port
+        )
     run, log = tmp_path / "runs" / "twin", tmp_path / "log.txt"
     started = [pods.start(pod, log) for pod in made]
     try:
