@@ -33,6 +33,10 @@ VERBS = {
     "generate": Verb("ask:generate", "Answers one prompt, word by word as the words come."),
     "chat": Verb("ask:chat", "Talks with a model, turn by turn."),
     "train": Verb("runs:train", "Trains what a config file describes, or goes on with it."),
+    "plan": Verb(
+        "plan:plan",
+        "Plans a run for a machine that is not here: does it fit, and how fast does it go?",
+    ),
     "runs": Verb(
         "runs:list_runs",
         "Lists the runs below a folder: how far they are, how they do, and whether they are alive.",

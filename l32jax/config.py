@@ -214,10 +214,13 @@ class AttentionConfig:
     impl: "auto" takes the kernel of the platform (`kernels.attention` has the list).
     across: how devices of the mesh axis "context" get each other's keys: all at once ("gather"),
       or passed round while they compute ("ring"), which needs no room for the whole row.
+    vision_keys: devices of that axis share the keys of a row's images, and get each other's like
+      those of text ("shared"), or each makes all of them ("replicated").
     """
 
     impl: Literal["auto", "reference", "tpu", "gpu", "xla", "cudnn"] = "auto"
     across: Literal["gather", "ring"] = "gather"
+    vision_keys: Literal["shared", "replicated"] = "shared"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

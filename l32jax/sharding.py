@@ -5,6 +5,7 @@
   n query heads  k key/value heads                     h head dimension
   g query heads that share a key/value head
   i image        c tile              p token of a tile l stacked layer group
+  j image of all rows, one behind the other            r place in the residual stream
 
 The two tables below are the whole parallelism plan. A letter they lack is not sharded.
 """
@@ -26,6 +27,8 @@ PARAM_AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "te
 ACTIVATION_AXES = {
     "b": ("data", "fsdp"),
     "t": CONTEXT_AXIS,
+    "r": (CONTEXT_AXIS, "tensor"),
+    "j": ("data", "fsdp", CONTEXT_AXIS),
     "f": "tensor",
     "n": "tensor",
     "k": "tensor",
@@ -39,6 +42,17 @@ def param_spec(dims: str) -> PartitionSpec:
 
 def activation_spec(dims: str) -> PartitionSpec:
     return PartitionSpec(*(ACTIVATION_AXES.get(dim) for dim in dims))
+
+
+def stream_spec(length: int) -> PartitionSpec:
+    """Of the residual stream [b t d] between blocks.
+
+    Devices along the tensor axis share its places, if they divide them: each normalises, adds and
+    saves its own, and what products leave to be summed is summed where it is needed.
+    """
+    axes = jax.sharding.get_abstract_mesh().shape
+    shares = math.prod(axes.get(axis, 1) for axis in ACTIVATION_AXES["r"])
+    return activation_spec("btd" if length % shares else "brd")
 
 
 def make_mesh(

@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from l32jax import kernels
 from l32jax.config import AttentionConfig, DecoderConfig
+from l32jax.kernels.context import Layout
 from l32jax.model.cache import KeyValue
 from l32jax.model.layers import Projection, RMSNorm
 from l32jax.model.rope import rotate
@@ -23,11 +24,15 @@ class Interval(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """Intervals as layers share them: with what the kernel needs to know of them, and its name."""
+    """Intervals as layers share them: with what the kernel needs to know of them, and its name.
+
+    order: of the keys, where they are split over the context axis.
+    """
 
     interval: Interval
     plan: Any
     how: AttentionConfig
+    order: Layout
 
     @classmethod
     def of(
@@ -38,6 +43,7 @@ class Sight(NamedTuple):
         queries: tuple[str, tuple[int, ...]],
         keys: tuple[str, tuple[int, ...]],
         dtype: Any,
+        order: Layout = "balanced",
     ) -> "Sight":
         """`queries` and `keys` are the dims (see `sharding`) and the shape of one layer's."""
         mesh = jax.sharding.get_abstract_mesh()
@@ -45,8 +51,8 @@ class Sight(NamedTuple):
             jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, activation_spec(dims)))
             for dims, shape in (queries, keys)
         ]
-        plan = kernels.make_plan(*interval, *shapes, impl=how.impl, across=how.across)
-        return cls(interval, plan, how)
+        plan = kernels.make_plan(*interval, *shapes, impl=how.impl, across=how.across, order=order)
+        return cls(interval, plan, how, order)
 
     def attend(
         self, q: Float[Array, "b t n h"], kv: KeyValue, *, scale: float
@@ -61,6 +67,7 @@ class Sight(NamedTuple):
             scale=scale,
             impl=self.how.impl,
             across=self.how.across,
+            order=self.order,
             plan=self.plan,
         )
 
@@ -103,14 +110,18 @@ class SelfAttention(Heads):
         cache: KeyValue | None,
         layer: Int[Array, ""],
         write_at: Int[Array, "b"] | None,
+        to: PartitionSpec,
     ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
-        """With a cache, new keys go in at slot `write_at` of each row, and `sees` counts slots."""
+        """With a cache, new keys go in at slot `write_at` of each row, and `sees` counts slots.
+
+        `to` is where the result lives.
+        """
         kv = KeyValue.of(rotate(self.key(x), *rotation), self.value(x))
         q = rotate(self.query(x), *rotation)
         if cache is None:
-            return self.out(sees.attend(q, kv, scale=self.scale)), None
+            return self.out(sees.attend(q, kv, scale=self.scale), to), None
         cache = cache.write(kv, layer, write_at)
-        return self.out(sees.attend_to_cache(q, cache, layer, scale=self.scale)), cache
+        return self.out(sees.attend_to_cache(q, cache, layer, scale=self.scale), to), cache
 
 
 class CrossAttention(Heads):
@@ -132,12 +143,13 @@ class CrossAttention(Heads):
         sees: Sight,
         cache: KeyValue | None,
         layer: Int[Array, ""],
+        to: PartitionSpec,
     ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
         """To image tokens, which stay in the cache; without any, to those that are there."""
         q = self.query_norm(self.query(x))
         if vision is None:
             assert cache is not None, "without a cache, cross-attention needs the images themselves"
-            return self.out(sees.attend_to_cache(q, cache, layer, scale=self.scale)), cache
+            return self.out(sees.attend_to_cache(q, cache, layer, scale=self.scale), to), cache
         kv = self.keys_and_values(vision)
         cache = None if cache is None else cache.write(kv, layer)
-        return self.out(sees.attend(q, kv, scale=self.scale)), cache
+        return self.out(sees.attend(q, kv, scale=self.scale), to), cache

@@ -1,34 +1,25 @@
 """The decoder of Llama 3.2: text, with or without cross-attention to images."""
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from l32jax.config import AttentionConfig, DecoderConfig, LlamaConfig
-from l32jax.kernels import SAVED_NAMES
+from l32jax.kernels.context import Layout
 from l32jax.model.attention import CrossAttention, Interval, Rotation, SelfAttention, Sight
 from l32jax.model.cache import Cache, KeyValue
 from l32jax.model.layers import RMSNorm, SwiGLU, gate_param, normal_param
+from l32jax.model.lookup import look_up
+from l32jax.model.remat import Saved, remat
 from l32jax.model.rope import cos_sin, frequencies
-from l32jax.sharding import activation_spec
+from l32jax.sharding import activation_spec, stream_spec
 
 NUM_IMAGE_EMBEDDINGS = 8  # Meta's table of extra embeddings; only row 0 is ever used
-
-# What the backward pass finds saved (`config.TrainConfig`). Attention's outputs are small beside
-# the time it takes to compute them again in a long row.
-Saved = Literal["everything", "dots", "attention", "nothing"]
-_attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention
-    ),
-    "attention": _attention,
-    "nothing": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Context(NamedTuple):
@@ -37,6 +28,7 @@ class Context(NamedTuple):
     `images` is None in a text-only call, and then cross-attention blocks are the identity;
     `sees_image` says which rows their MLP is for.
     `vision` is None while decoding: keys and values of the images are in the cache.
+    `stream` is where the residual stream lives.
     """
 
     rotation: Rotation
@@ -45,6 +37,7 @@ class Context(NamedTuple):
     sees_image: Bool[Array, "b t"] | None
     vision: Float[Array, "b s d"] | None
     write_at: Int[Array, "b"] | None
+    stream: PartitionSpec
 
 
 class SelfBlock(nnx.Module):
@@ -62,10 +55,16 @@ class SelfBlock(nnx.Module):
         layer: Int[Array, ""],
     ):
         y, cache = self.attention(
-            self.attention_norm(x), context.rotation, context.text, cache, layer, context.write_at
+            whole(self.attention_norm(x)),
+            context.rotation,
+            context.text,
+            cache,
+            layer,
+            context.write_at,
+            context.stream,
         )
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(whole(self.mlp_norm(x)), context.stream), cache
 
 
 class CrossBlock(nnx.Module):
@@ -89,11 +88,21 @@ class CrossBlock(nnx.Module):
         if context.images is None or context.sees_image is None:
             return x, cache
         y, cache = self.attention(
-            self.attention_norm(x), context.vision, context.images, cache, layer
+            whole(self.attention_norm(x)),
+            context.vision,
+            context.images,
+            cache,
+            layer,
+            context.stream,
         )
         x = x + jnp.tanh(self.attention_gate[...]).astype(x.dtype) * y
         gate = jnp.tanh(self.mlp_gate[...]).astype(x.dtype) * context.sees_image[..., None]
-        return x + gate * self.mlp(self.mlp_norm(x)), cache
+        return x + gate * self.mlp(whole(self.mlp_norm(x)), context.stream), cache
+
+
+def whole(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """From the residual stream to where products take it."""
+    return jax.sharding.reshard(x, activation_spec("btd"))
 
 
 BLOCKS = {"self": SelfBlock, "cross": CrossBlock}
@@ -138,12 +147,10 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
         """Ids beyond the vocabulary are image tokens and have a small table of their own."""
-        table = self.embedding.weight[...].astype(dtype)
-        spec = activation_spec("btd")
-        vocab_size = table.shape[0]
-        x = table.at[jnp.minimum(tokens, vocab_size - 1)].get(out_sharding=spec)
+        x = look_up(self.embedding.weight[...], tokens, dtype)
         if self.config.vision is None:
             return x
+        spec, vocab_size = activation_spec("btd"), self.config.decoder.vocab_size
         extra = self.image_embedding.weight[...].astype(dtype)
         image = extra.at[jnp.maximum(tokens - vocab_size, 0)].get(out_sharding=spec)
         return jnp.where((tokens >= vocab_size)[..., None], image, x)
@@ -170,23 +177,36 @@ class Decoder(nnx.Module):
         kept = {k: kv.num_keys for k, kv in zip(decoder.group_pattern, cache or (), strict=False)}
         sight = partial(self._sight, attention, dtype)
         seen = sight(text, batch, time, "btkh" if cache is None else "bskh", kept.get("self", time))
+        stream = stream_spec(time)
         if images is None:
-            return Context(rotation, seen, None, None, vision, write_at)
+            return Context(rotation, seen, None, None, vision, write_at, stream)
         sees_image = images.stop > images.start
         num_keys = kept["cross"] if vision is None else vision.shape[1]
         if self.config.compat.row_mask == "hf":  # rows without an image attend to all of them
             stop = jnp.where(sees_image, images.stop, num_keys)
             images = Interval(images.start * sees_image, stop)
-        attended = sight(images, batch, time, "bskh", num_keys)
-        return Context(rotation, seen, attended, sees_image, vision, write_at)
+        shared = vision is not None and jax.typeof(vision).sharding.spec[1] is not None
+        keys = "btkh" if shared else "bskh"
+        attended = sight(images, batch, time, keys, num_keys, order="contiguous")
+        sees_image = jax.sharding.reshard(sees_image, PartitionSpec(*stream[:2]))
+        return Context(rotation, seen, attended, sees_image, vision, write_at, stream)
 
     def _sight(
-        self, how: AttentionConfig, dtype, sees: Interval, batch: int, time: int, dims, num_keys
+        self,
+        how: AttentionConfig,
+        dtype,
+        sees: Interval,
+        batch: int,
+        time: int,
+        dims,
+        num_keys,
+        order: Layout = "balanced",
     ) -> Sight:
         decoder = self.config.decoder
         queries = (batch, time, decoder.num_heads, decoder.head_dim)
         keys = (batch, num_keys, decoder.num_kv_heads, decoder.head_dim)
-        return Sight.of(sees, how, queries=("btnh", queries), keys=(dims, keys), dtype=dtype)
+        of_keys = {"keys": (dims, keys), "order": order}
+        return Sight.of(sees, how, queries=("btnh", queries), dtype=dtype, **of_keys)
 
     def __call__(
         self,
@@ -203,13 +223,12 @@ class Decoder(nnx.Module):
             group, layer = group_and_layer
             return group(x, context, cache, layer), None
 
-        if saved != "everything":
-            run_group = jax.checkpoint(run_group, policy=REMAT_POLICIES[saved])
         # Rolled while decoding too. SmolLM2-135M on 2 CPU cores: a token takes 0.10 s rolled and
         # 0.24 s unrolled in float32, 0.65 and 0.5 s in bfloat16; compiling takes 8 and 20 to 40 s.
         layers = jnp.arange(self.config.decoder.num_groups)
-        (x, cache), _ = jax.lax.scan(run_group, (x, cache), (self.groups, layers))
-        return self.final_norm(x), cache
+        x = jax.sharding.reshard(x, context.stream)
+        (x, cache), _ = jax.lax.scan(remat(run_group, saved), (x, cache), (self.groups, layers))
+        return whole(self.final_norm(x)), cache
 
     def scoring_table(self) -> Float[Array, "v d"]:
         """What states are scored against: on each device whole rows, of its share of the words."""

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from l32jax.config import AttentionConfig
 from l32jax.model.attention import Interval
-from l32jax.model.decoder import Context, CrossBlock
+from l32jax.model.decoder import Context, CrossBlock, whole
 from l32jax.model.llama import AUTO, Batch, Images, Llama, images_seen, text_seen
 from l32jax.sharding import activation_spec
 
@@ -62,7 +62,7 @@ def look(
 
     layers = jnp.arange(decoder.config.decoder.num_groups)
     x, looks = jax.lax.scan(run_group, x, (decoder.groups, layers))
-    return jax.tree.map(lambda values: values.reshape(-1), looks), decoder.final_norm(x)
+    return jax.tree.map(lambda values: values.reshape(-1), looks), whole(decoder.final_norm(x))
 
 
 def likeliest(
@@ -109,7 +109,8 @@ def _beginning(
         attention=attention,
         dtype=dtype,
     )
-    return decoder.embed(batch["tokens"], dtype), context
+    x = jax.sharding.reshard(decoder.embed(batch["tokens"], dtype), context.stream)
+    return x, context
 
 
 def _look(
@@ -200,8 +201,9 @@ def _heads(
     """Queries of x, and the images' keys and values for each of them."""
     attention = block.attention
     assert context.vision is not None
-    q = attention.query_norm(attention.query(block.attention_norm(x)))
-    key, value = attention.keys_and_values(context.vision)
+    q = attention.query_norm(attention.query(whole(block.attention_norm(x))))
+    vision = jax.sharding.reshard(context.vision, activation_spec("bsd"))
+    key, value = attention.keys_and_values(vision)
     shared = q.shape[2] // key.shape[1]
     spec = activation_spec("bnsh")
     key, value = (jnp.repeat(each, shared, axis=1, out_sharding=spec) for each in (key, value))

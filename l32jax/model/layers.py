@@ -66,16 +66,21 @@ class Projection(nnx.Module):
         zeros = jnp.zeros(out_shape, out_sharding=activation_spec(outs)) if bias else None
         self.bias = nnx.Param(zeros) if bias else None
 
-    def __call__(self, x: Array) -> Array:
-        """[b t ins] -> [b t outs], accumulated in float32; b and t stay as they are sharded."""
+    def __call__(self, x: Array, to: PartitionSpec | None = None) -> Array:
+        """[b t ins] -> [b t outs], accumulated in float32.
+
+        Args:
+          to: where the result lives; by default b and t stay as they are sharded.
+        """
+        if to is None:
+            rows = jax.typeof(x).sharding.spec[:2]
+            to = PartitionSpec(*rows, *activation_spec(self.outs))
         y = jnp.einsum(
             f"bt{self.ins},{self.outs}{self.ins}->bt{self.outs}",
             x,
             self.weight[...].astype(x.dtype),
             preferred_element_type=jnp.float32,
-            out_sharding=PartitionSpec(
-                *jax.typeof(x).sharding.spec[:2], *activation_spec(self.outs)
-            ),
+            out_sharding=to,
         )
         if self.bias is not None:
             y = y + self.bias[...]
@@ -89,8 +94,8 @@ class SwiGLU(nnx.Module):
         self.up = Projection(sizes, "d", "f", rngs=rngs)
         self.down = Projection(sizes, "f", "d", rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "b t d"], to: PartitionSpec) -> Float[Array, "b t d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x), to)
 
 
 class GeluMLP(nnx.Module):

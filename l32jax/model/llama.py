@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int, UInt8
 from l32jax.config import AttentionConfig, LlamaConfig
 from l32jax.model.attention import Interval
 from l32jax.model.cache import Cache
-from l32jax.model.decoder import Decoder, Saved
+from l32jax.model.decoder import Decoder
 from l32jax.model.layers import Projection
 from l32jax.model.parameters import Params, flatten
+from l32jax.model.remat import Saved
+from l32jax.model.spread import by_image, by_row
 from l32jax.model.vision import VisionEncoder, normalise
-from l32jax.sharding import activation_spec, single_device_mesh
+from l32jax.sharding import CONTEXT_AXIS, activation_spec, single_device_mesh
 
 Batch = dict[str, Array]
 AUTO = AttentionConfig()
@@ -67,37 +69,57 @@ class Llama(nnx.Module):
         images: Images,
         attention: AttentionConfig = AUTO,
     ) -> Float[Array, "b i c p e"]:
+        return by_row(self._encoded(images, attention), images.aspect.shape)
+
+    def _encoded(
+        self, images: Images, attention: AttentionConfig, saved: Saved = "everything"
+    ) -> Float[Array, "j c p e"]:
         assert images.tiles is not None, "their features are given"
-        tiles, aspect = (_merge(array, 0) for array in (images.tiles, images.aspect))
-        features = self.vision(tiles, aspect, attention)
-        return features.reshape(*images.aspect.shape[:2], *features.shape[1:], out_sharding=_rows())
+        return self.vision(by_image(images.tiles), by_image(images.aspect), attention, saved)
 
     def project(self, features: Float[Array, "b *tiles p e"]) -> Float[Array, "b *tiles p d"]:
-        rows, *_, width = features.shape
-        flat = features.reshape(rows, -1, width, out_sharding=_rows())
-        return self.projector(flat).reshape(*features.shape[:-1], -1, out_sharding=_rows())
+        first, *_, width = features.shape
+        where = PartitionSpec(*jax.typeof(features).sharding.spec[:2])
+        flat = self.projector(features.reshape(first, -1, width, out_sharding=where))
+        return flat.reshape(*features.shape[:-1], -1, out_sharding=where)
 
     def vision_tokens(
         self,
         images: Images,
         attention: AttentionConfig = AUTO,
+        saved: Saved = "everything",
     ) -> Float[Array, "b s d"]:
-        """The projected tokens of the listed tiles, end to end."""
+        """The projected tokens of the listed tiles, end to end.
+
+        Devices along the context axis share the tiles, if they divide them and are asked to.
+        """
+        shares = jax.sharding.get_abstract_mesh().shape[CONTEXT_AXIS]
+        shared = attention.vision_keys == "shared" and images.tile_index.shape[1] % shares == 0
+        where = activation_spec("bt" if shared else "b")
         if images.features is not None:
-            return _merge(self.project(images.features), 1)
-        tiles = _merge(self.project(self.features(images, attention)), 1)
-        return _merge(jax.vmap(lambda row, index: row[index])(tiles, images.tile_index), 1)
+            tokens = self.project(jax.sharding.reshard(images.features, where))
+            return _merged(tokens, 1, where)
+        tiles = self.project(self._encoded(images, attention, saved))
+        tiles = _merged(by_row(tiles, images.aspect.shape), 1, activation_spec("b"))
+        return _merged(_listed(tiles, images.tile_index, where), 1, where)
 
 
-def _rows() -> PartitionSpec:
-    return activation_spec("b")
+def _listed(
+    tiles: Float[Array, "b tiles p d"], index: Int[Array, "b m"], where: PartitionSpec
+) -> Float[Array, "b m p d"]:
+    """Each device takes those of its part of the list."""
+    take = jax.vmap(lambda row, index: row[index])
+    specs = (activation_spec("b"), where)
+    return jax.shard_map(take, in_specs=specs, out_specs=where)(
+        tiles, jax.sharding.reshard(index, where)
+    )
 
 
-def _merge(array: Array, dim: int) -> Array:
-    """Two neighbouring dimensions as one; rows stay where they are."""
+def _merged(array: Array, dim: int, where: PartitionSpec) -> Array:
+    """Two neighbouring dimensions as one."""
     shape = array.shape
     merged = (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
-    return array.reshape(merged, out_sharding=_rows())
+    return array.reshape(merged, out_sharding=where)
 
 
 @functools.lru_cache(maxsize=32)
@@ -166,7 +188,7 @@ def forward(
     dtype = jnp.dtype(dtype or decoder.embedding.weight[...].dtype)
     vision = None
     if images is not None:
-        vision = model.vision_tokens(images.normalised(dtype), attention)
+        vision = model.vision_tokens(images.normalised(dtype), attention, saved)
     context = decoder.context(
         positions,
         text,

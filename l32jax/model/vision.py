@@ -4,13 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from l32jax.config import CLIP_MEAN, CLIP_STD, AttentionConfig, LlamaConfig, VisionConfig
 from l32jax.model.attention import Interval, Sight
 from l32jax.model.cache import KeyValue
 from l32jax.model.layers import GeluMLP, LayerNorm, Projection, gate_param, normal_param
+from l32jax.model.remat import Saved, remat
 from l32jax.sharding import activation_spec
 
 TOKEN_MULTIPLE = 8  # each tile is padded to a multiple of this many tokens
@@ -26,7 +29,7 @@ class VisionAttention(nnx.Module):
         self.out = Projection(sizes, "nh", "d", rngs=rngs)
         self.scale = head_dim**-0.5
 
-    def __call__(self, x: Float[Array, "b t d"], sees: Sight) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "j t d"], sees: Sight) -> Float[Array, "j t d"]:
         kv = KeyValue.of(self.key(x), self.value(x))
         return self.out(sees.attend(self.query(x), kv, scale=self.scale))
 
@@ -42,7 +45,7 @@ class VisionBlock(nnx.Module):
         self.attention_gate = gate_param() if gated else None
         self.mlp_gate = gate_param() if gated else None
 
-    def __call__(self, x: Float[Array, "b t d"], sees: Sight) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "j t d"], sees: Sight) -> Float[Array, "j t d"]:
         x = x + _gated(self.attention_gate, self.attention(self.attention_norm(x), sees))
         return x + _gated(self.mlp_gate, self.mlp(self.mlp_norm(x)))
 
@@ -59,7 +62,7 @@ class TileEmbedding(nnx.Module):
         self.embedding = normal_param(rngs, "cc_", (side, side, width), width**-0.5)
         self.gate = gate_param()
 
-    def __call__(self, aspect: Int[Array, "b 2"]) -> Float[Array, "b c 1 d"]:
+    def __call__(self, aspect: Int[Array, "j 2"]) -> Float[Array, "j c 1 d"]:
         return jnp.tanh(self.gate[...]) * _of_tiles(self.embedding[...], aspect)[:, :, None]
 
 
@@ -73,13 +76,13 @@ class PositionEmbedding(nnx.Module):
         self.tile_embedding = normal_param(rngs, "ccp_", (side, side, tokens, width), scale)
         self.gate = gate_param()
 
-    def __call__(self, aspect: Int[Array, "b 2"]) -> Float[Array, "b c p d"]:
+    def __call__(self, aspect: Int[Array, "j 2"]) -> Float[Array, "j c p d"]:
         gate = jnp.tanh(self.gate[...])
         return (1 - gate) * self.embedding[...] + gate * _of_tiles(self.tile_embedding[...], aspect)
 
 
-def _of_tiles(table: Float[Array, "c c *rest"], aspect: Int[Array, "b 2"]) -> Array:
-    """[b c *rest]: the table's entry for each tile of a grid of `aspect`; zeros past its last."""
+def _of_tiles(table: Float[Array, "c c *rest"], aspect: Int[Array, "j 2"]) -> Array:
+    """[j c *rest]: the table's entry for each tile of a grid of `aspect`; zeros past its last."""
     tile = jnp.arange(table.shape[0])
     height, width = aspect[:, :1], jnp.maximum(aspect[:, 1:], 1)
     used = jnp.expand_dims(tile < height * width, tuple(range(2, table.ndim)))
@@ -88,9 +91,9 @@ def _of_tiles(table: Float[Array, "c c *rest"], aspect: Int[Array, "b 2"]) -> Ar
     return jnp.where(used, entries, 0)
 
 
-def _replicated_like(table: Array, aspect: Array) -> jax.sharding.PartitionSpec:
+def _replicated_like(table: Array, aspect: Array) -> PartitionSpec:
     batch_axes = jax.typeof(aspect).sharding.spec[0]
-    return jax.sharding.PartitionSpec(batch_axes, *(None,) * (table.ndim - 1))
+    return PartitionSpec(batch_axes, *(None,) * (table.ndim - 1))
 
 
 class VisionEncoder(nnx.Module):
@@ -114,17 +117,18 @@ class VisionEncoder(nnx.Module):
 
     def __call__(
         self,
-        tiles: Float[Array, "b c 3 y x"],
-        aspect: Int[Array, "b 2"],
+        tiles: Float[Array, "j c 3 y x"],
+        aspect: Int[Array, "j 2"],
         attention: AttentionConfig,
-    ) -> Float[Array, "b c p e"]:
+        saved: Saved = "everything",
+    ) -> Float[Array, "j c p e"]:
         """Features of every token of every tile: the final ones, then the taps, interleaved.
 
         All `c` tiles are computed: unused ones take part in attention, as in the reference.
         """
         assert jnp.issubdtype(tiles.dtype, jnp.floating), "pixels must be normalised first"
         num_tiles, num_tokens = tiles.shape[1], self.config.tokens_per_tile
-        rows = activation_spec("b")
+        rows = activation_spec("j")
         x = self._embed(tiles, aspect)
         batch, width = x.shape[0], x.shape[-1]
         # Real tokens of all tiles first, padding last: then the reference's mask (pad tokens and
@@ -134,11 +138,11 @@ class VisionEncoder(nnx.Module):
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         sees = self._sees(aspect, num_tiles * num_tokens + padding, attention, x.dtype)
 
-        x, taps = self._local(x, sees)
+        x, taps = self._local(x, sees, saved)
         x = self.post_norm(x) + self._post_tile(aspect, padding).astype(x.dtype)
-        x = _scan(self.global_blocks, x, sees)
+        x = _scan(self.global_blocks, x, sees, saved)
 
-        taps = jnp.stack(taps, axis=-1)  # channel c of tap j at c * num_taps + j, as in Meta
+        taps = jnp.moveaxis(taps, 0, -1)  # channel c of tap j at c * num_taps + j, as in Meta
         taps = taps.reshape(batch, x.shape[1], -1, out_sharding=rows)
         features = jnp.concatenate([x, taps], axis=-1)
         features = features[:, : num_tiles * num_tokens]
@@ -147,7 +151,7 @@ class VisionEncoder(nnx.Module):
     def _embed(self, tiles, aspect):
         batch, num_tiles = tiles.shape[:2]
         x = self.patch_embedding(patchify(tiles, self.config.patch_size))
-        x = x.reshape(batch, num_tiles, -1, x.shape[-1], out_sharding=activation_spec("b"))
+        x = x.reshape(batch, num_tiles, -1, x.shape[-1], out_sharding=activation_spec("j"))
         x = x + self.pre_tile(aspect).astype(x.dtype)
         cls = jnp.zeros_like(x[:, :, :1]) + self.class_embedding[...].astype(x.dtype)
         x = jnp.concatenate([cls, x], axis=2)
@@ -157,22 +161,29 @@ class VisionEncoder(nnx.Module):
         used = jnp.maximum(aspect[:, :1] * aspect[:, 1:], 1) * self.config.tokens_per_tile
         stop = jnp.where(jnp.arange(length) < used, length, used)
         heads, width = self.config.num_heads, self.config.embed_dim
-        one = ("bsnh", (len(aspect), length, heads, width // heads))
+        one = ("jsnh", (len(aspect), length, heads, width // heads))
         return Sight.of(
             Interval(jnp.zeros_like(stop), stop), attention, queries=one, keys=one, dtype=dtype
         )
 
-    def _local(self, x, sees):
-        taps, begin = [], 0
-        for tap in self.config.taps:
-            end = tap + self.tap_after_block
-            x = _scan(_slice(self.local_blocks, begin, end), x, sees)
-            taps.append(x)
-            begin = end
-        return _scan(_slice(self.local_blocks, begin, None), x, sees), taps
+    def _local(self, x, sees, saved):
+        """One scan: every layer writes to the slot of the next tap, where that tap writes last."""
+        run_block = remat(lambda x, block: block(x, sees), saved)
+        slots = np.searchsorted(self.config.taps, np.arange(self.config.num_local_layers))
+        after = self.tap_after_block
+
+        def run(carry, block_and_slot):
+            x, taps = carry
+            block, slot = block_and_slot
+            y = run_block(x, block)
+            return (y, taps.at[slot].set(y if after else x)), None
+
+        taps = jnp.zeros((len(self.config.taps) + 1, *x.shape), x.dtype, out_sharding=_slots_of(x))
+        (x, taps), _ = jax.lax.scan(run, (x, taps), (self.local_blocks, slots))
+        return x, taps[:-1]
 
     def _post_tile(self, aspect, padding):
-        """[b t d]: in the order of the tokens, the padding's own at the end."""
+        """[j t d]: in the order of the tokens, the padding's own at the end."""
         tile = self.post_tile(aspect)[:, :, 0]
         real = jnp.repeat(tile, self.config.tokens_per_tile, axis=1)
         return jnp.concatenate([real, jnp.repeat(tile, padding // tile.shape[1], axis=1)], axis=1)
@@ -188,11 +199,11 @@ def normalise(
     return jnp.where(used[..., None, None, None], values, 0).astype(dtype)
 
 
-def patchify(tiles: Float[Array, "b c 3 y x"], size: int) -> Float[Array, "b t e"]:
+def patchify(tiles: Float[Array, "j c 3 y x"], size: int) -> Float[Array, "j t e"]:
     """Square patches, tile by tile in row-major order, each flattened as (channel, row, column)."""
     batch, num_tiles, channels, height, width = tiles.shape
     split = (batch, num_tiles, channels, height // size, size, width // size, size)
-    rows = activation_spec("b")
+    rows = activation_spec("j")
     patches = tiles.reshape(split, out_sharding=rows).transpose(0, 1, 3, 5, 2, 4, 6)
     return patches.reshape(batch, -1, channels * size * size, out_sharding=rows)
 
@@ -202,12 +213,12 @@ def _stack(config: VisionConfig, num_layers: int, *, gated: bool, rngs: nnx.Rngs
     return jax.vmap(lambda key: VisionBlock(config, gated=gated, rngs=nnx.Rngs(key)))(keys)
 
 
-def _slice(blocks: VisionBlock, begin: int, end: int | None) -> VisionBlock:
-    return jax.tree.map(lambda weight: weight[begin:end], blocks)
+def _slots_of(x: Float[Array, "j t d"]) -> PartitionSpec:
+    return PartitionSpec(None, *jax.typeof(x).sharding.spec)
 
 
-def _scan(blocks: VisionBlock, x: Array, sees: Sight) -> Array:
+def _scan(blocks: VisionBlock, x: Array, sees: Sight, saved: Saved) -> Array:
     def run_block(x, block):
         return block(x, sees), None
 
-    return jax.lax.scan(run_block, x, blocks)[0]
+    return jax.lax.scan(remat(run_block, saved), x, blocks)[0]

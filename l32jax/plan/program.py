@@ -104,7 +104,7 @@ def _compile(function: Any, arguments: tuple, mesh: Mesh, sizes: Memory, **stati
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_fit(error, sizes) from None
-    except (ValueError, jax.errors.ShardingTypeError) as error:
+    except (ValueError, TypeError) as error:  # JAX's, of dimensions that the axes do not divide
         where = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         raise InputError(f"mesh {where}: {' '.join(str(error).split())[:300]}") from error
     found: Any = compiled.memory_analysis()

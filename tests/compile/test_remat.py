@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from l32jax import kernels
-from l32jax.model.decoder import REMAT_POLICIES
+from l32jax.model.remat import REMAT_POLICIES
 
 pytestmark = pytest.mark.compile
 

@@ -1,0 +1,135 @@
+"""What a stage would need and how fast it would go, on a machine that is not here."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from l32jax.plan.kernels import attention_seconds
+from l32jax.plan.program import Compiled, DoesNotFit, Memory, compile_training
+from l32jax.plan.steptime import estimate
+from l32jax.plan.tally import StepTime
+from l32jax.plan.topology import Topology
+from l32jax.plan.workload import flops_by_part, full_rows, visible
+from l32jax.run_config import TrainConfig
+from l32jax.sharding import make_mesh
+from l32jax.train.flops import Counts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one stage on one machine; all numbers are of a step unless they say more.
+
+    time: None if the program does not fit. flops: useful ones by part, (forward, backward).
+    """
+
+    stage: str
+    topology: str
+    chip: str
+    devices: int
+    mesh: dict[str, int]
+    saved: str
+    accumulate: int
+    counts: Counts
+    trains: tuple[str, ...]
+    flops: dict[str, tuple[int, int]]
+    memory: Memory
+    hbm_bytes: int
+    peak: float
+    watts: float
+    compile_seconds: float
+    time: StepTime | None
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.time is None else self.time.seconds
+
+    @property
+    def model_flops(self) -> int:
+        return sum(map(sum, self.flops.values()))
+
+    @property
+    def utilisation(self) -> float | None:
+        """Model-FLOPs utilisation: nothing that is computed again counts."""
+        seconds = self.seconds
+        return None if seconds is None else self.model_flops / (seconds * self.peak * self.devices)
+
+    def campaign(self, steps: int) -> dict[str, float]:
+        """Hours, and megawatt-hours at the devices' watts, of so many steps."""
+        assert self.seconds is not None
+        hours = steps * self.seconds / 3600
+        return {"hours": hours, "megawatt_hours": hours * self.devices * self.watts / 1e6}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("counts", "memory", "time")
+        }
+        found["counts"] = dataclasses.asdict(self.counts)
+        found["memory"] = self.memory._asdict() | {"work": self.memory.work}
+        if self.time is not None:
+            found |= {
+                "step_seconds": self.seconds,
+                "utilisation": self.utilisation,
+                "tokens_per_second": self.counts.tokens / self.time.seconds,
+                "images_per_second": self.counts.images / self.time.seconds,
+                "time": _parts(self.time),
+            }
+        return found
+
+
+def _parts(time: StepTime) -> dict[str, Any]:
+    names = ("matmul", "other", "kernels", "exposed")
+    return {name: getattr(time, name) for name in names} | {
+        "sent_bytes": {"+".join(axes): sent for axes, sent in time.sent_along.items()},
+        "collectives": [
+            {"kind": exchange.kind, "axes": exchange.axes, **dataclasses.asdict(one)}
+            for exchange, one in time.exchanges.items()
+        ],
+        "warnings": time.warnings,
+    }
+
+
+def plan_training(config: TrainConfig, number: int, topology: Topology) -> Plan:
+    """Compiles the step of a stage, and reckons what it takes.
+
+    Raises:
+      InputError: the mesh, or the batch, does not go with the devices.
+    """
+    mesh = make_mesh(config.mesh, topology.devices)
+    stage, model = config.stages[number], config.model_of(number)
+    counts = full_rows(stage.data, model)
+    try:
+        compiled = compile_training(config, number, mesh)
+        memory, time = compiled.memory, _time(compiled, config, number, topology, dict(mesh.shape))
+    except DoesNotFit as error:
+        compiled, memory, time = None, error.memory, None
+    parts = flops_by_part(stage, model, counts)
+    return Plan(
+        stage=stage.name,
+        topology=str(topology),
+        chip=topology.chip.name,
+        devices=len(topology.devices),
+        mesh=dict(mesh.shape),
+        saved=config.saved,
+        accumulate=stage.accumulate,
+        counts=counts,
+        trains=stage.trains,
+        flops={name: (one.forward.useful, one.backward.useful) for name, one in parts.items()},
+        memory=memory,
+        hbm_bytes=topology.chip.hbm_bytes,
+        peak=topology.chip.peak,
+        watts=topology.chip.watts,
+        compile_seconds=0.0 if compiled is None else compiled.seconds,
+        time=time,
+    )
+
+
+def _time(
+    compiled: Compiled, config: TrainConfig, number: int, topology: Topology, axes: dict[str, int]
+) -> StepTime:
+    data, model = config.stages[number].data, config.model_of(number)
+    seen = visible(data, model, context=axes["context"])
+    kernels = attention_seconds(topology.chip, seen)
+    return estimate(compiled.text, topology.chip, axes, kernels, shape=topology.shape)
