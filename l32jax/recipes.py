@@ -174,3 +174,39 @@ def vision_pretrain(model: LlamaConfig, *, start_from: str, directory: str) -> T
         saved="attention",
         save_every=1000,
     )
+
+
+def text_run(model: LlamaConfig, *, peak_lr: float, directory: str, tokenizer: str) -> TrainConfig:
+    """Pretraining, six long-context stages, annealing, on folders that `l32jax data prepare` made.
+
+    Published: the shares of the data, 16M tokens a step, where the paper ends; its smaller steps at
+    the beginning are left out.
+    """
+    data = DataConfig(
+        mixture=(
+            ("data/general", 0.50),
+            ("data/reasoning", 0.25),
+            ("data/code", 0.17),
+            ("data/multilingual", 0.08),
+        ),
+        batch_size=2048,
+        length=8192,
+        workers=8,
+    )
+    long = replace(data, mixture=(*data.mixture, ("data/long_documents", 0.25)))
+    last = replace(long, length=LONG_LENGTHS[-1], batch_size=16)  # 2M tokens a step
+    annealing = replace(last, mixture=(*long.mixture, ("data/high_quality", 0.5)))
+    return TrainConfig(
+        model=model,
+        stages=(
+            text_pretrain(data, num_steps=900_000, peak_lr=peak_lr),
+            *long_context(long, num_steps=8_000, learning_rate=peak_lr / 100),
+            text_anneal(annealing, num_steps=20, peak_lr=peak_lr / 100),
+        ),
+        directory=directory,
+        tokenizer=tokenizer,
+        dtype="bfloat16",
+        params="bfloat16",
+        saved="attention",
+        save_every=1000,
+    )

@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from l32jax.data.rows import FIELDS, make_row
 from l32jax.data.sources.mixture import row_shape
 from l32jax.errors import InputError
-from l32jax.model.parameters import on_mesh
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import activation_spec
 from l32jax.train.accumulate import require_even_rows
-from l32jax.train.step import init_state, stage_step
+from l32jax.train.step import abstract_state, stage_step
 
 Shapes = Any  # of jax.ShapeDtypeStruct
 
@@ -54,11 +52,8 @@ class DoesNotFit(Exception):
 
 def training_inputs(config: TrainConfig, number: int, mesh: Mesh) -> tuple[Shapes, Shapes]:
     """State and batch of a stage's step, as shapes with shardings."""
-    stage, model = config.stages[number], config.model_of(number)
-    dtype = jnp.dtype(config.params)
-    init = partial(init_state, model, stage, config.seed, frozen_dtype=dtype)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = on_mesh(jax.eval_shape(init), mesh)
+        state = abstract_state(config, number, mesh)
     return state, abstract_batch(config, number, mesh)
 
 
@@ -123,10 +118,12 @@ def _does_not_fit(error: Exception, sizes: Memory) -> Exception:
 
 
 def device_bytes(shapes: Shapes) -> int:
-    """Of one device's part of arrays."""
+    """Of one device's part of the arrays that are in its own memory."""
 
     def size(leaf: jax.ShapeDtypeStruct) -> int:
-        assert leaf.sharding is not None
+        assert isinstance(leaf.sharding, NamedSharding)
+        if leaf.sharding.memory_kind == "pinned_host":
+            return 0
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(shapes)))

@@ -21,7 +21,7 @@ from l32jax.config_text import changed_fields, to_json
 from l32jax.data.batches import Batches, place
 from l32jax.data.sources.mixture import open_batches
 from l32jax.data.tokenizer import Tokenizer
-from l32jax.model.parameters import Params, on_mesh
+from l32jax.model.parameters import Params
 from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.train.accumulate import require_even_rows
 from l32jax.train.bad_steps import Judge, RollBack
@@ -33,7 +33,15 @@ from l32jax.train.optimizer import learning_rate
 from l32jax.train.peers import watched
 from l32jax.train.report import Report
 from l32jax.train.run_folder import at_work
-from l32jax.train.step import TrainState, begin_stage, end_stage, init_state, stage_step
+from l32jax.train.step import (
+    TrainState,
+    abstract_state,
+    begin_options,
+    begin_stage,
+    end_stage,
+    init_state,
+    stage_step,
+)
 from l32jax.train.stopping import Interrupted, Stop
 from l32jax.train.watchdog import watchdog
 
@@ -193,13 +201,12 @@ def _take_steps(
 
 def _init_or_restore(at: _Stage, params: Params | None) -> TrainState:
     config, stage, seed = at.config, at.stage, at.config.seed + at.number
-    dtype = jnp.dtype(config.params)
-    init = partial(init_state, config.model, stage, seed, frozen_dtype=dtype)
     if at.store.steps():
-        return _restored(at, on_mesh(jax.eval_shape(init), at.mesh))
+        return _restored(at, abstract_state(config, at.number, at.mesh))
+    options = begin_options(config)
     if params is None:
-        return jax.jit(init)()
-    begin = partial(begin_stage, config.model, stage, seed=seed, frozen_dtype=dtype)
+        return jax.jit(partial(init_state, config.model, stage, seed, **options))()
+    begin = partial(begin_stage, config.model, stage, seed=seed, **options)
     with warnings.catch_warnings():  # what gets another size or dtype cannot stay where it is
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         state = jax.jit(begin, donate_argnums=0)(params)

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
 from l32jax.config import LlamaConfig
 from l32jax.model.llama import Llama, bind, init_params
-from l32jax.model.parameters import Params, combine, partition, path_name, trains
+from l32jax.model.parameters import Params, combine, on_mesh, partition, path_name, trains
 from l32jax.model.resize import resize_positions
 from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.train.accumulate import summed_gradients
@@ -20,6 +21,7 @@ from l32jax.train.bad_steps import Guard, begin_guard, judged, kept_if
 from l32jax.train.inside import part_norms
 from l32jax.train.matrices import is_projection
 from l32jax.train.objectives import Batch, Metrics, next_token
+from l32jax.train.offload import DEVICE, HOST, abstract_in_host_memory, in_memory
 from l32jax.train.optimizer import make_optimizer
 
 Objective = Callable[[Llama, Batch, Array], tuple[Array, Metrics]]
@@ -40,12 +42,14 @@ class TrainState(NamedTuple):
     guard: Guard | None = None
 
 
-def init_state(
-    config: LlamaConfig, stage: StageConfig, seed: int, *, frozen_dtype: Any = jnp.float32
-) -> TrainState:
-    """Random parameters and an empty optimizer. Run it in one jit: arrays are born sharded."""
+def init_state(config: LlamaConfig, stage: StageConfig, seed: int, **options: Any) -> TrainState:
+    """Random parameters and an empty optimizer. Run it in one jit: arrays are born sharded.
+
+    Args:
+      options: those of `begin_stage`.
+    """
     params = init_params(config, jax.random.key(seed))
-    return begin_stage(config, stage, params, seed=seed, frozen_dtype=frozen_dtype)
+    return begin_stage(config, stage, params, seed=seed, **options)
 
 
 def begin_stage(
@@ -55,11 +59,13 @@ def begin_stage(
     *,
     seed: int,
     frozen_dtype: Any = jnp.float32,
+    offload: bool = False,
 ) -> TrainState:
     """Step 0 of a stage that goes on from `params`: a fresh optimizer for what it trains.
 
     Args:
       config: the stage's model; the parameters may be of another image size, and of any dtype.
+      offload: the optimizer's state is in the host's memory, and each step takes it there again.
     """
     if config.vision is not None:
         params = resize_positions(params, config.vision)
@@ -69,14 +75,30 @@ def begin_stage(
         optax.tree.cast(frozen, frozen_dtype),
     )
     rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
+    opt_state = make_optimizer(stage.optimizer).init(trainable)
     return TrainState(
         jnp.int32(0),
         combine(trainable, frozen),
-        make_optimizer(stage.optimizer).init(trainable),
+        in_memory(HOST, opt_state) if offload else opt_state,
         rng,
         begin_average(stage, trainable),
         begin_guard(),
     )
+
+
+def begin_options(config: TrainConfig) -> dict[str, Any]:
+    """What `begin_stage` is told of a run."""
+    return {"frozen_dtype": jnp.dtype(config.params), "offload": config.offload == "optimizer"}
+
+
+def abstract_state(config: TrainConfig, number: int, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and places of a stage's state; nothing is allocated."""
+    model, stage = config.model_of(number), config.stages[number]
+    init = partial(init_state, model, stage, config.seed + number, **begin_options(config))
+    state = on_mesh(jax.eval_shape(init), mesh)
+    if config.offload == "none":
+        return state
+    return state._replace(opt_state=abstract_in_host_memory(state.opt_state))
 
 
 def end_stage(config: LlamaConfig, stage: StageConfig, state: TrainState) -> TrainState:
@@ -100,7 +122,13 @@ def stage_step(
         attention=config.attention,
     )
     matrix_dtype = jnp.dtype(config.dtype if config.params == "bfloat16" else "float32")
-    return make_train_step(config.model_of(number), stage, objective, matrix_dtype=matrix_dtype)
+    return make_train_step(
+        config.model_of(number),
+        stage,
+        objective,
+        matrix_dtype=matrix_dtype,
+        offload=config.offload == "optimizer",
+    )
 
 
 def make_train_step(
@@ -109,6 +137,7 @@ def make_train_step(
     objective: Objective,
     *,
     matrix_dtype: Any = jnp.float32,
+    offload: bool = False,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """The jitted (state, batch, learning rate) -> (state, metrics) of a stage.
 
@@ -117,6 +146,7 @@ def make_train_step(
 
     Args:
       matrix_dtype: in which the model sees the matrices that train.
+      offload: as `begin_stage` was told.
     """
     is_trainable = trains(stage.trains, config)
     optimizer = make_optimizer(stage.optimizer)
@@ -134,7 +164,8 @@ def make_train_step(
         weight = sums.pop("weight")
         grads, metrics = optax.tree.scale(1 / jnp.maximum(weight, 1e-6), (grads, sums))
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        opt_before = in_memory(DEVICE, state.opt_state)
+        updates, opt_state = optimizer.update(grads, opt_before, trainable)
         updated = optax.apply_updates(trainable, optax.tree.scale(rate, updates))
         done = state.step + 1
         learned = updated, opt_state, averaged(stage, state.average, updated, done)
@@ -144,9 +175,11 @@ def make_train_step(
         guard, bad = judged(stage.bad_steps, guard, metrics["loss"], metrics["grad_norm"])
         metrics |= {"bad": guard.in_a_row}
         if stage.bad_steps.then == "skip":
-            learned = kept_if(bad, (trainable, state.opt_state, state.average), learned)
+            learned = kept_if(bad, (trainable, opt_before, state.average), learned)
             metrics |= {"skipped": guard.skipped}
         updated, opt_state, average = learned
+        if offload:
+            opt_state = in_memory(HOST, opt_state)
         params = combine(updated, frozen)
         return TrainState(done, params, opt_state, state.rng, average, guard), metrics
 

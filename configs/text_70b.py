@@ -1,0 +1,22 @@
+"""Llama 3.1 70B in the order of the paper: pretraining, six long-context stages, annealing.
+
+    l32jax train configs/text_70b.py
+    l32jax plan configs/text_70b.py --topology v5p:4x4x4
+
+Data: folders made by `l32jax data prepare`, see docs/data.md; the shares are the paper's. Hardware:
+a pod; nothing of this size was run here (the twin, configs/text_twin.py, is the same recipe and
+runs on two CPU cores).
+"""
+
+from l32jax.presets import LLAMA3_1_70B
+from l32jax.recipes import text_run
+from l32jax.run_config import TrainConfig
+
+
+def config() -> TrainConfig:
+    return text_run(
+        LLAMA3_1_70B,
+        peak_lr=1.5e-4,
+        directory="runs/text_70b",
+        tokenizer="checkpoints/Llama-3.1-8B/tokenizer.model",
+    )
