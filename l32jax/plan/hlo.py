@@ -21,6 +21,7 @@ BYTES = {
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_END = re.compile(r"\}(, execution_thread=.*)?\s*$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\(([1-9]\d*)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -246,15 +247,14 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     """Computations: name, whether it is the entry, and a string for each instruction."""
     name, is_entry, lines = "", False, []
     for line in text.splitlines():
-        if not line.startswith(" "):
-            if begins := _COMPUTATION.match(line):
-                name, is_entry, lines = begins[2], bool(begins[1]), []
-            elif line.startswith("}") and name:
-                yield name, is_entry, lines
-                name = ""
+        if begins := _COMPUTATION.match(line):
+            name, is_entry, lines = begins[2], bool(begins[1]), []
+        elif name and _END.match(line):
+            yield name, is_entry, lines
+            name = ""
         elif name and _INSTRUCTION.match(line):
             lines.append(line)
-        elif lines:
+        elif lines:  # what a kernel says of itself may have lines of its own
             lines[-1] += "\n" + line
 
 

@@ -30,6 +30,17 @@ def test_an_instruction_is_read_whole():
     assert root.is_root and root.called == ["inside"]
 
 
+def test_an_instruction_may_have_several_lines():
+    """As those of kernels do that have metadata of their own."""
+    line = (
+        '%k = f32[8]{0} custom-call(%x), frontend_attributes={kernel_metadata={\n"a":"%b = 1"\n}}, '
+    )
+    text = program("%x = f32[8]{0} parameter(0)", line + "channel_id=7", "ROOT %y = f32[8] add(%k)")
+    _, kernel, root = Program.parse(text).computations["main"].instructions
+    assert kernel.attribute(r"channel_id=(\d+)") == "7"
+    assert root.is_root and root.operands == ("k",)
+
+
 def test_names_in_quotes_are_not_called():
     line = 'ROOT %y = f32[8]{0} add(%x, %x), metadata={op_name="calls=%nothing"}'
     text = program("%x = f32[8]{0} parameter(0)", line)
