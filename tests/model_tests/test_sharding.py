@@ -1,5 +1,7 @@
 """Every mesh computes the same; parameters are born where the tables say."""
 
+import dataclasses
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from l32jax import sharding
 from l32jax.config import AttentionConfig, MeshConfig
 from l32jax.config_text import override
 from l32jax.data.batches import place
+from l32jax.data.rows import Batch, make_row, stack
+from l32jax.data.samples import Sample
 from l32jax.errors import InputError
 from l32jax.kernels.context import row_order
 from l32jax.model.llama import AUTO, abstract_params, batch_logits, bind, init_params
@@ -20,7 +24,7 @@ from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.objectives import cross_entropy
 from tests.checkpoint_tests.weights import random_params
-from tests.train_tests.small import MODEL, rows
+from tests.train_tests.small import IMAGE_ID, LENGTH, MODEL, VISION
 
 LIMIT = 1e-5
 MESHES = {
@@ -28,12 +32,25 @@ MESHES = {
     "fsdp8": MeshConfig(fsdp=8),
     "fsdp4_tensor2": MeshConfig(fsdp=4, tensor=2),
     "context4_fsdp2": MeshConfig(context=4, fsdp=2),
-    "all": MeshConfig(data=2, context=2, tensor=2),
+    "data2_context2_tensor2": MeshConfig(data=2, fsdp=1, context=2, tensor=2),
 }
-CONTEXT = {
-    "context4_fsdp2": AttentionConfig(across="ring"),
-    "all": AttentionConfig(across="ring"),
+# The other products of axes; each by itself as well.
+MORE_MESHES = {
+    "data8": MeshConfig(data=8, fsdp=1),
+    "context8": MeshConfig(fsdp=1, context=8),
+    "tensor2": MeshConfig(fsdp=1, tensor=2),
+    "data2_fsdp4": MeshConfig(data=2, fsdp=4),
+    "data2_context4": MeshConfig(data=2, fsdp=1, context=4),
+    "data4_tensor2": MeshConfig(data=4, fsdp=1, tensor=2),
+    "fsdp2_context2_tensor2": MeshConfig(fsdp=2, context=2, tensor=2),
+    "context4_tensor2": MeshConfig(fsdp=1, context=4, tensor=2),
+    "data2_fsdp2_context2": MeshConfig(data=2, fsdp=2, context=2),
 }
+CONTEXT = [
+    ("context4_fsdp2", AttentionConfig(across="ring")),
+    ("context4_fsdp2", AttentionConfig(vision_keys="replicated")),
+    ("data2_context2_tensor2", AttentionConfig(across="ring")),
+]
 
 # Dimensions of the parameters by the ends of their paths; l is the stacked axis.
 DIMS = {
@@ -51,6 +68,22 @@ DIMS = {
 AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "tensor"}
 
 
+def packed_rows() -> Batch:
+    """Three documents end to end in each of eight rows, one of them with an image but for some."""
+    random = np.random.default_rng(0)
+
+    def sample(count: int, pictures=()) -> Sample:
+        tokens = [*[IMAGE_ID] * len(pictures), *random.integers(0, 256, count).tolist()]
+        return Sample.single(tokens, random.random(len(tokens)).tolist(), pictures)
+
+    def row(index: int) -> Batch:
+        picture = random.integers(0, 256, (28 * (1 + index % 2), 28, 3), np.uint8)
+        samples = [sample(4), sample(5, [picture] if index % 3 else []), sample(3)]
+        return make_row(samples, length=LENGTH, vision=VISION)
+
+    return stack([row(index) for index in range(8)])
+
+
 @partial(jax.jit, static_argnums=(0, 3))
 def logits_and_gradients(config, params, batch, attention):
     def loss(params):
@@ -64,7 +97,7 @@ def logits_and_gradients(config, params, batch, attention):
 
 def computed_on(mesh, attention=AUTO):
     with jax.set_mesh(mesh):
-        batch = place(rows(8, images=True), mesh)
+        batch = place(packed_rows(), mesh)
         params = random_params(MODEL, mesh)
         logits, gradients = logits_and_gradients(MODEL, params, batch, attention)
     in_row = row_order(logits.shape[1], mesh.shape["context"])
@@ -77,11 +110,22 @@ def alone():
     return computed_on(single_device_mesh())
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"), [*((name, AUTO) for name in MESHES), *CONTEXT.items()]
-)
+@pytest.mark.parametrize(("name", "attention"), [*((name, AUTO) for name in MESHES), *CONTEXT])
 def test_every_mesh_gives_the_same_logits_and_gradients(name, attention, alone):
-    logits, gradients = computed_on(make_mesh(MESHES[name]), attention)
+    assert_same(computed_on(make_mesh(MESHES[name]), attention), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_MESHES)
+def test_so_does_every_other_product_of_axes(name, alone):
+    config = MORE_MESHES[name]
+    used = math.prod(size for size in dataclasses.astuple(config))
+    devices = jax.devices()[:used] if used > 0 else jax.devices()
+    assert_same(computed_on(make_mesh(config, devices)), alone)
+
+
+def assert_same(found, alone) -> None:
+    logits, gradients = found
     np.testing.assert_allclose(logits, alone[0], rtol=0, atol=LIMIT * np.abs(alone[0]).max())
     largest = max(np.abs(gradient).max() for gradient in alone[1].values())
     for path, gradient in alone[1].items():
