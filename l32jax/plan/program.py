@@ -3,6 +3,8 @@
 import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +80,8 @@ def abstract_batch(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
 def compile_training(config: TrainConfig, number: int, mesh: Mesh) -> Compiled:
     """The step of a stage, as `train.loop` runs it."""
     require_even_rows(config.stages[number], mesh)
-    state, batch = training_inputs(config, number, mesh)
+    with _dividing(mesh):
+        state, batch = training_inputs(config, number, mesh)
     step = stage_step(config, number)
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     sizes = Memory(
@@ -93,18 +96,26 @@ def compile_training(config: TrainConfig, number: int, mesh: Mesh) -> Compiled:
 
 def _compile(function: Any, arguments: tuple, mesh: Mesh, sizes: Memory, **static: Any) -> Compiled:
     begin = time.monotonic()
+    with _dividing(mesh), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = function.lower(*arguments, **static)
     try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            lowered = function.lower(*arguments, **static)
-            compiled = lowered.compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_fit(error, sizes) from None
-    except (ValueError, TypeError) as error:  # JAX's, of dimensions that the axes do not divide
-        where = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        raise InputError(f"mesh {where}: {' '.join(str(error).split())[:300]}") from error
     found: Any = compiled.memory_analysis()
     memory = sizes._replace(peak=found.peak_memory_in_bytes)
     return Compiled(compiled.as_text(), memory, time.monotonic() - begin)
+
+
+@contextmanager
+def _dividing(mesh: Mesh) -> Iterator[None]:
+    """JAX's errors about dimensions that the axes do not divide, as ours."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        where = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"mesh {where}: {why}; give it other sizes") from error
 
 
 def _does_not_fit(error: Exception, sizes: Memory) -> Exception:
