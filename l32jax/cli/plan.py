@@ -4,6 +4,7 @@ import dataclasses
 import json as json_text
 import os
 from pathlib import Path
+from typing import Literal
 
 from l32jax.cli.runs import File, Overrides, read_config
 from l32jax.cli.waiting import waiting
@@ -22,6 +23,10 @@ def plan(
     mesh: str | None = None,
     stage: int = 1,
     steps: int | None = None,
+    serve: Literal["prefill", "decode"] | None = None,
+    rows: int = 8,
+    length: int = 8192,
+    images: int = 0,
     search: bool = False,
     json: Path | None = None,
 ) -> int:
@@ -36,6 +41,7 @@ def plan(
       l32jax plan configs/text_8b.py stages.0.data.batch_size=128 --topology v5p:4x4x4 saved=dots
       l32jax plan configs/vision_11b.py --stage 2 --topology v6e:16x16 --search
       l32jax plan configs/text_8b.py --topology v5e:16x16 --slices 4 --json plan.json
+      l32jax plan configs/vision_11b.py --topology v5e:2x4 --mesh tensor=8 --serve decode --images 1
 
     Args:
       config: a Python file with a function `config()` that returns a TrainConfig.
@@ -46,6 +52,11 @@ def plan(
       mesh: devices along the mesh axes, like data=2,fsdp=256; instead of the config's.
       stage: number of the stage, from 1.
       steps: of the hours and the energy; by default all of the stage.
+      serve: instead of training, the reading of whole prompts, or the writing of one token in each
+        row, by the model of the last stage in bfloat16.
+      rows: prompts that are served at once.
+      length: tokens of a prompt, or in its cache.
+      images: of a prompt.
       search: tries meshes, what is saved, and parts of a batch, and prints the best that fit.
       json: writes everything there as well.
     """
@@ -56,7 +67,10 @@ def plan(
         raise InputError(f"stage {stage} of {config}: it has the stages 1 to {len(chosen.stages)}")
     # Programs for absent chips cannot be read back from JAX's cache, and no device is needed.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    found = (_search if search else _plan)(chosen, stage - 1, topology, slices, steps)
+    if serve is not None:
+        found = _serve(chosen, serve, (rows, length, images), topology, slices)
+    else:
+        found = (_search if search else _plan)(chosen, stage - 1, topology, slices, steps)
     if json is not None:
         json.write_text(json_text.dumps(found, indent=2))
     return 0
@@ -73,6 +87,26 @@ def _plan(
     with waiting(f"compiling for {machine}, some two to six minutes"):
         found = plan_training(config, number, machine)
     print_plan(found, num_steps=steps or config.stages[number].num_steps)
+    return found.as_dict()
+
+
+def _serve(
+    config: TrainConfig,
+    phase: Literal["prefill", "decode"],
+    requests: tuple[int, int, int],
+    topology: str,
+    slices: int,
+) -> object:
+    from l32jax.plan.planning import plan_serving
+    from l32jax.plan.report import print_plan
+    from l32jax.plan.serving import Requests
+    from l32jax.plan.topology import open_topology
+
+    machine = open_topology(topology, slices)
+    model = config.model_of(len(config.stages) - 1)
+    with waiting(f"compiling for {machine}, some one to three minutes"):
+        found = plan_serving(model, Requests(*requests), phase, config.mesh, machine)
+    print_plan(found, num_steps=1000)
     return found.as_dict()
 
 

@@ -5,7 +5,15 @@ from l32jax.kernels.dispatch import (
     attention,
     attention_and_lse,
     cached_attention,
+    laid_out_as_read,
     make_plan,
 )
 
-__all__ = ["SAVED_NAMES", "attention", "attention_and_lse", "cached_attention", "make_plan"]
+__all__ = [
+    "SAVED_NAMES",
+    "attention",
+    "attention_and_lse",
+    "cached_attention",
+    "laid_out_as_read",
+    "make_plan",
+]

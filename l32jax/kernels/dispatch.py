@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +22,7 @@ from l32jax.kernels import context, reference
 from l32jax.kernels.context import Backend
 from l32jax.kernels.gpu import backend as gpu
 from l32jax.kernels.tpu import backend as tpu
+from l32jax.kernels.tpu.chips import LANES
 from l32jax.sharding import CONTEXT_AXIS
 
 logger = logging.getLogger(__name__)
@@ -142,6 +145,19 @@ def cached_attention(
     start, stop = _placed((start, stop), place)
     out = run(_split_heads(q, k.shape[2], place), k, v, layer, start, stop, plan)
     return _merge_heads(out.transpose(0, 3, 1, 2, 4), place)
+
+
+def laid_out_as_read(cache: Float[Array, "l b k s h"]) -> Float[Array, "l b k s h"]:
+    """In memory as `cached_attention` reads it, and no other way.
+
+    What writes a few keys would have it otherwise, and XLA then turns the caches of all layers
+    round for every layer.
+    """
+    if _platform() != "tpu":
+        return cache
+    across = cache.shape[-1] % LANES != 0  # heads narrower than a register lie across it
+    order = (0, 1, 2, 4, 3) if across else (0, 1, 2, 3, 4)
+    return with_layout_constraint(cache, MemoryLayout(major_to_minor=order))
 
 
 def make_plan(

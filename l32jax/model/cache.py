@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from l32jax.config import LlamaConfig
+from l32jax.kernels import laid_out_as_read
 from l32jax.sharding import activation_spec
 
 
@@ -47,7 +48,8 @@ def _write(old, new, layer, at):
 
     def write_row(row, old):
         rows = jax.lax.dynamic_slice_in_dim(new, row, 1)[None].astype(old.dtype)
-        return jax.lax.dynamic_update_slice(old, rows, (layer, row, 0, at[row], 0))
+        old = jax.lax.dynamic_update_slice(old, rows, (layer, row, 0, at[row], 0))
+        return laid_out_as_read(old)
 
     return jax.lax.fori_loop(0, new.shape[0], write_row, old)
 

@@ -7,6 +7,7 @@ part: it costs as if it saw `EDGE` more. With that, eight packed documents of 8,
 131,072 and an image come out 13 % too short to 1 % too long, beside what that page says of them.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -61,6 +62,8 @@ def attention_seconds(
 
     def seconds(call: Instruction) -> float | None:
         name = re.sub(r"\.\d+$", "", call.name)
+        if name == "attention_decode":
+            return _cache_bytes(call) / chip.hbm
         shapes = _shapes(call)
         if name not in PRODUCTS or shapes is None:
             return None
@@ -90,6 +93,13 @@ def share_of_peak(chip: str, head_dim: int, shared: int) -> tuple[float, float]:
 
 def _whole(head_dim: int) -> int:
     return -(-head_dim // LANES) * LANES
+
+
+def _cache_bytes(call: Instruction) -> int:
+    """Of one layer's keys and values, [l b k s h] in bfloat16: all that such a call waits for."""
+    given = call.attribute(r"operand_layout_constraints=\{(.*?)\}, [a-z_]+=") or ""
+    caches = [array for array in re.findall(r"bf16\[([\d,]+)\]", given) if array.count(",") == 4]
+    return sum(2 * math.prod(map(int, array.split(",")[1:])) for array in caches)
 
 
 def _shapes(call: Instruction) -> tuple[tuple[int, ...], int] | None:

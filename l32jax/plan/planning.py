@@ -4,15 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from l32jax.config import LlamaConfig, MeshConfig
 from l32jax.plan.kernels import attention_seconds
 from l32jax.plan.program import Compiled, DoesNotFit, Memory, compile_training
+from l32jax.plan.serving import Phase, Requests, compile_serving
 from l32jax.plan.steptime import estimate
 from l32jax.plan.tally import StepTime
 from l32jax.plan.topology import Topology
 from l32jax.plan.workload import flops_by_part, full_rows, visible
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh
-from l32jax.train.flops import Counts
+from l32jax.train.flops import Counts, step_flops
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,41 @@ def plan_training(config: TrainConfig, number: int, topology: Topology) -> Plan:
         peak=topology.chip.peak,
         watts=topology.chip.watts,
         compile_seconds=0.0 if compiled is None else compiled.seconds,
+        time=time,
+    )
+
+
+def plan_serving(
+    model: LlamaConfig, requests: Requests, phase: Phase, mesh: MeshConfig, topology: Topology
+) -> Plan:
+    """The same of a step of generation, in bfloat16: whole prompts, or the next token of each."""
+    devices = make_mesh(mesh, topology.devices)
+    counts = requests.counts(phase, model)
+    try:
+        compiled = compile_serving(model, requests, phase, devices)
+        memory, seconds = compiled.memory, compiled.seconds
+        kernels = attention_seconds(topology.chip, requests.visible(model))
+        axes = dict(devices.shape)
+        time = estimate(compiled.text, topology.chip, axes, kernels, shape=topology.shape)
+    except DoesNotFit as error:
+        memory, seconds, time = error.memory, 0.0, None
+    flops = step_flops(model, (), counts)
+    return Plan(
+        stage=phase,
+        topology=str(topology),
+        chip=topology.chip.name,
+        devices=len(topology.devices),
+        mesh=dict(devices.shape),
+        saved="everything",
+        accumulate=1,
+        counts=counts,
+        trains=(),
+        flops={name: (found.useful, 0) for name, found in flops.items()},
+        memory=memory,
+        hbm_bytes=topology.chip.hbm_bytes,
+        peak=topology.chip.peak,
+        watts=topology.chip.watts,
+        compile_seconds=seconds,
         time=time,
     )
 

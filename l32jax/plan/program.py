@@ -91,10 +91,13 @@ def compile_training(config: TrainConfig, number: int, mesh: Mesh) -> Compiled:
         peak=0,
         fits=True,
     )
-    return _compile(step, (state, batch, rate), mesh, sizes)
+    return compile_for(mesh, step, (state, batch, rate), sizes)
 
 
-def _compile(function: Any, arguments: tuple, mesh: Mesh, sizes: Memory, **static: Any) -> Compiled:
+def compile_for(
+    mesh: Mesh, function: Any, arguments: tuple, sizes: Memory, **static: Any
+) -> Compiled:
+    """A jitted function for the devices of a mesh; `sizes` without its peak is what it holds."""
     begin = time.monotonic()
     with _dividing(mesh), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.lower(*arguments, **static)

@@ -143,6 +143,7 @@ def _attend(q, k, v, walk: Walk, layer, *, scale, block, interpret):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=_cost(rows, k[0]),
         interpret=interpret,
+        name="attention_decode",
     )(walk, layer, q, k, v)
 
 
