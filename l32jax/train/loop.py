@@ -74,7 +74,7 @@ def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh
     board, restart = open_board(), restart_from(partial(newest_save, config))
     stop, writing = Stop(board), jax.process_index() == 0
     with (
-        watched(board, restart) as peers,
+        watched(board, restart, Path(config.directory)) as peers,
         at_work(config, writing=writing, stopped_by=Interrupted) as clock,
         watchdog(config, clock, restart, tell=peers and peers.end),
     ):

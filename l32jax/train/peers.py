@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,12 +23,14 @@ from l32jax.errors import InputError, one_line
 from l32jax.train import aborting
 from l32jax.train.board import Board
 from l32jax.train.ending import FAILED, REFUSED, Restart, leave, own_host
+from l32jax.train.hosts import record
 from l32jax.train.stopping import Agreed
 
 BEAT_SECONDS = 2.0
-SILENCE_SECONDS = 20.0  # without a beat, after which a process counts as gone; JAX waits longer
+SILENCE_SECONDS = 16.0  # without a beat, after which a process counts as gone; JAX waits for 30
 SUSPECT_SECONDS = 6.0  # the same, when a step has failed here
 TRIAL_SECONDS = 12.0  # in which a process whose step has failed looks for another to blame
+GRACE_SECONDS = 2 * BEAT_SECONDS + 1  # for all to read what process 0 takes with it
 LOCKED_SECONDS = 0.5  # without an answer of the board, in an abort that takes six
 FAILURES = 3  # of looks at the board in a row, after which the first process counts as gone
 
@@ -39,10 +42,11 @@ class Peers:
 
     Args:
       restart: how a process ends whose peers have gone.
+      directory: of the run, where it is written down who has gone.
     """
 
-    def __init__(self, board: Board, restart: Restart):
-        self._board, self._restart = board, restart
+    def __init__(self, board: Board, restart: Restart, directory: Path):
+        self._board, self._restart, self._directory = board, restart, directory
         self._number = jax.process_index()
         self._hosts: dict[int, str] = {}
         self._counts: dict[str, tuple[str, float]] = {}  # of each process, and since when
@@ -93,7 +97,7 @@ class Peers:
         except jax.errors.JaxRuntimeError:
             return  # then the first process has gone, as they will see
         if self._number == 0:
-            time.sleep(2 * BEAT_SECONDS + 1)  # the board goes with this process
+            time.sleep(GRACE_SECONDS)
 
     def _watch(self) -> None:
         failures, beats, began = 0, 0, None
@@ -108,26 +112,27 @@ class Peers:
                 failures += 1
                 logger.debug("the board does not answer", exc_info=error)
                 if failures == FAILURES:
-                    self._leave_lost(0)
+                    self._leave_lost()
             if began and time.monotonic() - began > TRIAL_SECONDS:
                 self._acquitted.set()
 
     def _look(self, beat: str) -> None:
         self._board.write(f"beats/{self._number}", f"{beat} {own_host()}")
+        suspicious = self._failed.is_set()
+        if self._number == 0 or suspicious or 0 not in self._hosts:
+            self._count(time.monotonic(), SUSPECT_SECONDS if suspicious else SILENCE_SECONDS)
         if ended := self._board.read("ended"):
             self._follow(json.loads(ended))
-        suspicious = self._failed.is_set()
-        if self._number and 0 in self._hosts and not suspicious:
-            return
-        now = time.monotonic()
-        for number, note in self._board.read_all("beats").items():
-            self._hosts[int(number)] = note.partition(" ")[2]
-            if self._counts.get(number, ("", 0.0))[0] != note:
-                self._counts[number] = note, now
-        limit = SUSPECT_SECONDS if suspicious else SILENCE_SECONDS
-        for number, (_, since) in self._counts.items():
-            if now - since > limit and int(number) != self._number:
-                self._accuse(int(number), now - since)
+
+    def _count(self, now: float, limit: float) -> None:
+        """Accuses who has not counted on for so many seconds."""
+        for name, note in self._board.read_all("beats").items():
+            self._hosts[int(name)] = note.partition(" ")[2]
+            if self._counts.get(name, ("", 0.0))[0] != note:
+                self._counts[name] = note, now
+            silence = now - self._counts[name][1]
+            if silence > limit and int(name) != self._number:
+                self._accuse(int(name), silence)
 
     def _accuse(self, number: int, silence: float) -> None:
         why = f"it was silent for {silence:.0f} s"
@@ -138,33 +143,43 @@ class Peers:
         """Another's end is this one's, once all have read of it: the board goes with process 0."""
         if self._ending:
             return
-        time.sleep((BEAT_SECONDS + 1) * (1 if self._number else 2))
+        time.sleep(GRACE_SECONDS if self._number == 0 else BEAT_SECONDS + 1)
         code, advice = self._restart()
         name = f"process {ended['process']} on {ended['host']}"
         if ended["code"] is None:
+            self._record(ended["process"], ended["host"])
             leave(f"{name} has gone ({ended['why']}); {advice}", code)
         leave(f"{name} has ended: {ended['why']}", ended["code"])
 
-    def _leave_lost(self, number: int) -> None:
+    def _leave_lost(self) -> None:
+        """The first process cannot be reached, or JAX has given up another before we did."""
         code, advice = self._restart()
-        name = f"process {number} on {self._hosts.get(number, 'its host')}"
-        leave(f"{name} has gone, or those that JAX names above; {advice}", code)
+        if self._number == 0:
+            leave(f"a process that JAX names above has gone; {advice}", code)
+        host = self._hosts.get(0, "its host")
+        self._record(0, host)
+        leave(f"process 0 on {host} has gone, or those that JAX names above; {advice}", code)
+
+    def _record(self, number: int, host: str) -> None:
+        """By one process: the first one that is left."""
+        if self._number == (1 if number == 0 else 0):
+            record(self._directory, {"process": number, "host": host, "what": "has gone"})
 
     def _watch_for_abort(self) -> None:
         """JAX aborts a process that lost the first one, within a lock that the board needs too."""
         while not self._closed.wait(0.25):
             asked = self._asked
             if asked and time.monotonic() - asked > LOCKED_SECONDS and aborting.is_under_way():
-                self._leave_lost(0)
+                self._leave_lost()
 
 
 @contextmanager
-def watched(board: Board | None, restart: Restart) -> Iterator[Peers | None]:
+def watched(board: Board | None, restart: Restart, directory: Path) -> Iterator[Peers | None]:
     """Around a run; nothing is watched where a process is alone, and has no board."""
     if board is None:
         yield None
         return
-    peers = Peers(board, restart)
+    peers = Peers(board, restart, directory)
     try:
         with peers.blamed():
             yield peers

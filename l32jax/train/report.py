@@ -17,6 +17,7 @@ from l32jax.run_config import TrainConfig
 from l32jax.train import examples, goodput, inside, journal
 from l32jax.train.bad_steps import Judge
 from l32jax.train.flops import Counts
+from l32jax.train.hosts import Hosts
 from l32jax.train.run_folder import METRICS
 from l32jax.train.speed import Speed, full_step
 from l32jax.train.view import View
@@ -82,6 +83,8 @@ class Report:
         self._looks: dict[str, float] = {}  # of the last look
         self._untold_looks: dict[str, float] = {}
         self._speed = Speed(config.model, self._stage, mesh.size, mesh.devices.flat[0].device_kind)
+        self._hosts = Hosts(Path(config.directory))
+        self._own_seconds, self._own_steps, self._waited_last = 0.0, 0, 0.0
         self._probe = inside.make_probe(config, mesh)
         self._writing = jax.process_index() == 0
 
@@ -151,6 +154,7 @@ class Report:
         if self._is_due(done, self._config.show_every):
             with self._pausing("custom_badput_events"):
                 self._look_inside(done, batch, placed, params)
+                self._compare_hosts(step)
 
     def _is_due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self._stage.num_steps
@@ -160,7 +164,11 @@ class Report:
         if self._under_way is None:
             return
         step, self._under_way = self._under_way, None
+        if self._waited_last:
+            self._own_seconds += time.monotonic() - self._waited_last
+            self._own_steps += 1
         jax.block_until_ready(step.metrics)
+        self._waited_last = time.monotonic()
         ended = time.monotonic() if ended is None else ended
         if self._ended:
             self._speed.add(ended - self._ended, step.waited, step.counts)
@@ -181,6 +189,7 @@ class Report:
         with self._clock.spending(bucket):
             yield
         self._ended = time.monotonic()
+        self._waited_last = self._ended
 
     def _tell(self) -> None:
         """What has ended and is untold."""
@@ -234,6 +243,13 @@ class Report:
             self._looks = self._untold_looks = inside.look_scalars(found.looks, model.decoder)
         for number, example in enumerate(chosen):
             self._show(step, f"examples/{number}", example, batch, found.likeliest)
+
+    def _compare_hosts(self, step: _Step) -> None:
+        own = self._own_seconds / max(self._own_steps, 1)
+        self._own_seconds, self._own_steps = 0.0, 0
+        whole, loss = self._speed.step_seconds, step.metrics["loss"]
+        found = self._hosts.compare(step.number, own, whole, loss)
+        self._untold_looks = self._untold_looks | found
 
     def _show(
         self,

@@ -1,6 +1,6 @@
-"""Steps that all processes have a part in: `peers_child PORT PROCESS COUNT WHO WHAT [saved]`.
+"""Steps that all processes have a part in: `peers_child PORT PROCESS COUNT FOLDER WHO HOW...`.
 
-After two hundred steps process WHO does WHAT; "saved" says that something was saved by then.
+After two hundred steps process WHO does HOW; "saved" after it says that something was saved.
 A process that comes to the end of its steps has stopped because it was asked to: code 75.
 """
 
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,18 +25,19 @@ STEPS, STEP_SECONDS = 100, 0.01
 SIGNALS = {"die": signal.SIGKILL, "freeze": signal.SIGSTOP, "stop": signal.SIGTERM}
 
 
-def main(port: str, process: str, count: str, who: str, what: str, *saved: str) -> int:
+def main(port: str, process: str, count: str, folder: str, who: str, *how: str) -> int:
     connect(f"127.0.0.1:{port}", int(count), int(process))
     mesh = jax.make_mesh((int(count),), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     ones = jax.make_array_from_process_local_data(sharding, np.ones(1, np.float32))
     total = jax.jit(lambda array: array.sum())
+    what, saved = how[0], how[1:]
     board, steps = open_board(), 0
     assert board is not None
-    stop = Stop(board)
+    stop, restart = Stop(board), restart_from(lambda: bool(saved) and steps > STEPS)
     with (
         jax.set_mesh(mesh),
-        watched(board, restart_from(lambda: bool(saved) and steps > STEPS)) as peers,
+        watched(board, restart, Path(folder)) as peers,
         stop.listening(),
         peers.blamed(),
     ):

@@ -98,9 +98,7 @@ def judge_of(folder, **bad_steps) -> Judge:
 
 
 def test_a_bad_step_stops_the_run_unless_it_may_go_on(tmp_path):
-    with pytest.raises(
-        InputError, match=r"step 7 of stage 'small': loss 7, gradient nan"
-    ):
+    with pytest.raises(InputError, match=r"step 7 of stage 'small': loss 7, gradient nan"):
         judge_of(tmp_path)(7, metrics_of(7, 1))
     judge = judge_of(tmp_path, then="skip", limit=2)
     for in_a_row in (0, 1, 2):

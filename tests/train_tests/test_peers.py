@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from l32jax.train import journal
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240
 PATIENCE = 60  # of which a loaded machine needs more than the 6 to 23 seconds that are meant
@@ -26,7 +28,7 @@ class Pair:
         child = [sys.executable, "-m", "tests.train_tests.peers_child", str(port)]
         self.processes = []
         for number, told in enumerate(self._told):
-            place = [str(number), "2", str(who), what, *saved]
+            place = [str(number), "2", str(folder), str(who), what, *saved]
             with told.open("w") as output:
                 self.processes.append(
                     subprocess.Popen([*child, *place], cwd=ROOT, stdout=output, stderr=output)
@@ -67,7 +69,9 @@ Start = Callable[..., Pair]
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("who", [0, 1])
-def test_when_a_process_is_killed_the_other_says_so_and_asks_to_be_started_again(who, pair: Start):
+def test_when_a_process_is_killed_the_other_says_so_and_asks_to_be_started_again(
+    who, pair: Start, tmp_path
+):
     both = pair(who, "die", "saved")
     assert both.processes[who].wait(TIMEOUT) == -signal.SIGKILL
     killed = time.monotonic()
@@ -76,6 +80,8 @@ def test_when_a_process_is_killed_the_other_says_so_and_asks_to_be_started_again
     line = both.line(1 - who)
     assert f"process {who} on " in line and "has gone" in line
     assert line.endswith("; the same command goes on from what is saved")
+    (told,) = journal.read(tmp_path / "hosts.jsonl").records
+    assert (told["process"], told["what"]) == (who, "has gone")
 
 
 @pytest.mark.slow
