@@ -67,6 +67,8 @@ def _connect(cluster: Cluster, heartbeat_seconds: int) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     os.environ[PROXY_EXEMPTION] = cluster.coordinator.rpartition(":")[0].strip("[]")
     jax.config.update("jax_check_proxy_envs", False)  # which would warn of it
+    # It would take the signal to stop for itself; training listens to that.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.num_processes,
