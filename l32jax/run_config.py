@@ -180,7 +180,6 @@ class TrainConfig:
     saved: what the backward pass finds saved and need not compute again: everything; the results
       of matrix products and of attention; those of attention; nothing.
     offload: what waits in the host's memory between its uses: the optimizer's state, or nothing.
-    offload: what waits in the host's memory between its uses: the optimizer's state, or nothing.
     show_every: steps between looks inside, with examples; each costs a forward pass.
     hung_after: seconds in which no step ends, and also ten times as long as steps take, after which
       the process ends to be started again; 0 for never.
@@ -197,7 +196,6 @@ class TrainConfig:
     params: Literal["float32", "bfloat16"] = "float32"
     attention: AttentionConfig = AttentionConfig()
     saved: Literal["everything", "dots", "attention", "nothing"] = "everything"
-    offload: Literal["none", "optimizer"] = "none"
     offload: Literal["none", "optimizer"] = "none"
     save_every: int = 500
     keep: int = 2
