@@ -47,7 +47,8 @@ def plan(
       config: a Python file with a function `config()` that returns a TrainConfig.
       overrides: fields to change, such as saved=dots or stages.0.data.batch_size=256.
       topology: a chip and the chips along each dimension of a slice: v4, v5p and tpu7x have three,
-        v5e and v6e two.
+        v5e and v6e two. Or machines by GPUs: h100:16x8, of h100, h200 and b200; nothing is
+        compiled for them, the time and the memory are arithmetic.
       slices: how many of them, with only the network between.
       mesh: devices along the mesh axes, like data=2,fsdp=256; instead of the config's.
       stage: number of the stage, from 1.
@@ -61,6 +62,8 @@ def plan(
       json: writes everything there as well.
     """
     chosen = read_config(config, overrides)
+    if search and mesh is not None:
+        raise InputError(f"--mesh {mesh} with --search, which tries all of them: leave one out")
     if mesh is not None:
         chosen = dataclasses.replace(chosen, mesh=MeshConfig.parse(mesh))
     if not 1 <= stage <= len(chosen.stages):
@@ -79,13 +82,17 @@ def plan(
 def _plan(
     config: TrainConfig, number: int, topology: str, slices: int, steps: int | None
 ) -> object:
+    from l32jax.plan.gpu import plan_by_arithmetic
     from l32jax.plan.planning import plan_training
     from l32jax.plan.report import print_plan
     from l32jax.plan.topology import open_topology
 
     machine = open_topology(topology, slices)
-    with waiting(f"compiling for {machine}, some two to six minutes"):
-        found = plan_training(config, number, machine)
+    if machine.chip.platform == "gpu":
+        found = plan_by_arithmetic(config, number, machine)
+    else:
+        with waiting(f"compiling for {machine}, some two to six minutes"):
+            found = plan_training(config, number, machine)
     print_plan(found, num_steps=steps or config.stages[number].num_steps)
     return found.as_dict()
 
@@ -103,6 +110,8 @@ def _serve(
     from l32jax.plan.topology import open_topology
 
     machine = open_topology(topology, slices)
+    if machine.chip.platform == "gpu":
+        raise InputError(f"serving on {machine}: of GPUs only training is planned; give a TPU's")
     model = config.model_of(len(config.stages) - 1)
     with waiting(f"compiling for {machine}, some one to three minutes"):
         found = plan_serving(model, Requests(*requests), phase, config.mesh, machine)
@@ -113,4 +122,24 @@ def _serve(
 def _search(
     config: TrainConfig, number: int, topology: str, slices: int, steps: int | None
 ) -> object:
-    raise NotImplementedError
+    """The best by arithmetic; of TPUs they are compiled, as that is what is right."""
+    from l32jax.plan.gpu import plan_by_arithmetic
+    from l32jax.plan.report import print_candidates
+    from l32jax.plan.search import MOST_LISTED, compiled, ranked
+    from l32jax.plan.topology import open_topology
+
+    machine = open_topology(topology, slices)
+    with waiting(f"reckoning ways to run stage {number + 1} on {machine}"):
+        choices = ranked(config, number, machine)
+    if not choices:
+        raise InputError(
+            f"stage {number + 1} on {machine}: no mesh, policy and parts of its batch fit, by "
+            "arithmetic; take more devices, shorter rows, or offload=optimizer"
+        )
+    if machine.chip.platform == "gpu":
+        listed = choices[:MOST_LISTED]
+        plans = [plan_by_arithmetic(one.config, number, machine) for one in listed]
+    else:
+        plans = compiled(choices, number, machine, waiting)
+    print_candidates(plans)
+    return [plan.as_dict() for plan in plans]

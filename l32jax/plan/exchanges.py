@@ -77,6 +77,8 @@ def _sent(
     network: Network, kind: str, size: float, axis: str, count: int, *, hides: bool = False
 ) -> Iterator[Sending]:
     """An array of so many bytes, between the devices along an axis; slices each by a part of it."""
+    if network.axes[axis] == 1:
+        return
     inside = network.local[axis]
     outside = network.axes[axis] // inside
     if inside > 1 and count:

@@ -22,6 +22,7 @@ class Plan:
     """Of one stage on one machine; all numbers are of a step unless they say more.
 
     time: None if the program does not fit. flops: useful ones by part, (forward, backward).
+    arithmetic: nothing was compiled; time and memory are `analytic`'s.
     """
 
     stage: str
@@ -37,9 +38,10 @@ class Plan:
     memory: Memory
     hbm_bytes: int
     peak: float
-    watts: float
+    watts: int
     compile_seconds: float
     time: StepTime | None
+    arithmetic: bool = False
 
     @property
     def seconds(self) -> float | None:

@@ -1,5 +1,6 @@
 """Machines that are not here: their devices, for which programs can be compiled."""
 
+import dataclasses
 import math
 import os
 import re
@@ -17,7 +18,10 @@ LONG_RING = 16  # chips of a 2D slice's side that closes to a ring
 
 
 class Topology(NamedTuple):
-    """shape: chips along each dimension of one slice; of GPUs, (machines, GPUs of each)."""
+    """shape: chips along each dimension of one slice; of GPUs, (machines, GPUs of each).
+
+    devices: JAX's; of GPUs only their kinds, as nothing is compiled for them.
+    """
 
     chip: Chip
     shape: tuple[int, ...]
@@ -44,9 +48,19 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         )
     shape = tuple(int(side) for side in sides.split("x"))
     if chip.platform == "gpu":
-        raise InputError(f"topology {name!r}: GPUs are not planned for yet; give a TPU's")
+        return _of_gpus(name, chip, shape, slices)
     devices = _tpu_devices(name, chip, shape, slices)
     return Topology(chip, shape, slices, devices)
+
+
+def _of_gpus(name: str, chip: Chip, shape: tuple[int, ...], slices: int) -> Topology:
+    if len(shape) != 2 or shape[1] > chip.per_host or slices > 1:
+        raise InputError(
+            f"topology {name!r} of {slices} slices: GPUs are machines by GPUs of each, at most "
+            f"{chip.per_host}, and in no slices; give one as {chip.name}:16x{chip.per_host}"
+        )
+    chip = dataclasses.replace(chip, per_host=shape[1])
+    return Topology(chip, shape, slices, [chip.kind] * math.prod(shape))
 
 
 def _tpu_devices(name: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[Any]:

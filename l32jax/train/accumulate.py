@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Key
 
 from l32jax.errors import InputError
@@ -40,7 +40,7 @@ def summed_gradients(
     return jax.lax.scan(add, nothing, (parts, jnp.arange(num_parts)))[0]
 
 
-def require_even_rows(stage: StageConfig, mesh: Mesh) -> None:
+def require_even_rows(stage: StageConfig, mesh: Mesh | AbstractMesh) -> None:
     """InputError unless every device has as many rows in every microbatch."""
     devices = 1
     for axis in ACTIVATION_AXES["b"]:
