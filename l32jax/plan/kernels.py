@@ -45,6 +45,7 @@ SHARES = {
 }
 PRODUCTS = {"attention_forward": 2, "attention_backward": 5}
 CAUSAL = 0.5  # of all pairs
+BLOCK = 1024  # what kernels.tpu fills lengths up to, at most
 SEEN = 4096  # keys that a query sees on average, in the rows of the table
 EDGE = 800  # keys
 LANES = 128
@@ -68,7 +69,7 @@ def attention_seconds(
         if name not in PRODUCTS or shapes is None:
             return None
         (batch, kv_heads, shared, queries, head_dim), keys = shapes
-        share = (visible or {}).get((queries, keys), CAUSAL)
+        share = _seen(visible or {}, queries, keys)
         seen = (keys * share + EDGE) * SEEN / (SEEN + EDGE)
         pairs = batch * kv_heads * shared * queries * seen
         flops = 2 * PRODUCTS[name] * head_dim * pairs
@@ -76,6 +77,14 @@ def attention_seconds(
         return flops / (reached * chip.peak)
 
     return seconds
+
+
+def _seen(visible: Mapping[tuple[int, int], float], queries: int, keys: int) -> float:
+    """The share of a call's pairs, whose queries and keys are filled up to whole blocks."""
+    for (asked, there), share in visible.items():
+        if 0 <= queries - asked < BLOCK and 0 <= keys - there < BLOCK:
+            return share * asked * there / (queries * keys)
+    return CAUSAL
 
 
 def share_of_peak(chip: str, head_dim: int, shared: int) -> tuple[float, float]:

@@ -53,6 +53,21 @@ def test_an_encoder_sees_all_pairs():
     assert found == pytest.approx(2.19e-3 / 1.75, rel=0.15)
 
 
+def test_lengths_are_filled_up_to_blocks_without_more_to_see():
+    """6,432 tokens of an encoder are 7,168 to the kernel; 153,696 of images are 154,624."""
+    encoder, dims = {(6432, 6432): 1.0}, (1, 16, 1, 80)
+    exact, filled = (
+        seconds("attention_forward", size, size, visible=encoder, dims=dims)
+        for size in (6432, 7168)
+    )
+    assert exact < filled < 1.02 * exact
+    images = {(2048, 153_696): 1 / 32}
+    exact, filled = (
+        seconds("attention_forward", 2048, size, visible=images) for size in (153_696, 154_624)
+    )
+    assert filled == pytest.approx(exact)
+
+
 @given(share=st.floats(0.01, 1.0))
 def test_more_pairs_take_longer(share):
     some, all_pairs = (
