@@ -54,13 +54,16 @@ def _of_weights(
 
 
 def _of_heads(network: Network, block: Block, count: int, saved: str) -> Iterator[Sending]:
-    """Around attention and the MLP tokens come together, and what products leave is summed."""
+    """Around attention and the MLP tokens come together, and what products leave is summed.
+
+    In float32, and in the backward pass for each product that took the tokens: so XLA has it.
+    """
     size = block.tokens * block.width * HALF
     again = saved in ("attention", "nothing") and block.backward
-    gathers = 2 * (1 + again + block.backward)
+    gathers = 2 * (1 + again + 2 * block.backward)
     yield from _sent(network, "all-gather", size, "tensor", count * gathers)
-    sums = 2 * (1 + block.backward)
-    yield from _sent(network, "reduce-scatter", size, "tensor", count * sums)
+    sums = 2 + 6 * block.backward
+    yield from _sent(network, "reduce-scatter", 2 * size, "tensor", count * sums)
 
 
 def _of_keys(network: Network, block: Block, rows: float, count: int) -> Iterator[Sending]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from l32jax.config import LlamaConfig
 from l32jax.plan.analytic import Estimate, estimate
 from l32jax.plan.chips import CHIPS, GIB, chip_of
-from l32jax.presets import LLAMA3_1_8B, LLAMA3_1_70B, LLAMA3_2_90B_VISION
+from l32jax.presets import LLAMA3_1_8B, LLAMA3_1_70B, LLAMA3_2_1B, LLAMA3_2_90B_VISION
 from l32jax.recipes import text_pretrain, vision_pretrain
 from l32jax.run_config import DataConfig, TrainConfig
 
@@ -138,3 +138,13 @@ def test_a_frozen_encoder_has_no_backward_pass():
     config = vision()
     frozen = replace(config, stages=(replace(config.stages[0], trains=("adapter",)),))
     assert of(frozen, "v5p", fsdp=256).time.kernels < 0.5 * of(config, "v5p", fsdp=256).time.kernels
+
+
+def test_a_program_that_nothing_was_fitted_to_but_what_tensor_sends():
+    """`l32jax plan configs/text_1b.py stages.0.data.batch_size=32 --topology v5e:4x4 --mesh
+    fsdp=8,tensor=2`: 2.86 s, 7.2 GiB, 26.1 GB sent along the tensor axis.
+    """
+    found = of(text(LLAMA3_2_1B, 32), "v5e", shape=(4, 4), fsdp=8, tensor=2)
+    assert found.time.seconds == pytest.approx(2.86, rel=0.15)
+    assert found.memory.peak == pytest.approx(7.2 * GIB, rel=0.15)
+    assert found.time.sent_along["tensor",] == pytest.approx(26.1e9, rel=0.05)
