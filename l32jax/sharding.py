@@ -19,8 +19,10 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import Int
 
 from l32jax.config import MeshConfig
+from l32jax.errors import InputError
 
 CONTEXT_AXIS = "context"
 PARAM_AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "tensor"}
@@ -94,6 +96,30 @@ def _within(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of the rows of a batch this process feeds its devices with, and of how many.
+
+    Processes have the same share if only axes that split rows themselves lie between them.
+    """
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    rows = math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["b"])
+    return _share_of(processes.reshape(rows, -1), jax.process_index())
+
+
+def _share_of(processes: Int[np.ndarray, "rows devices"], own: int) -> tuple[int, int]:
+    held = {
+        process: tuple(np.flatnonzero((processes == process).any(axis=1)).tolist())
+        for process in np.unique(processes).tolist()
+    }
+    shares = sorted(set(held.values()))
+    if sum(map(len, shares)) != len(processes) or len(set(map(len, shares))) > 1:
+        raise InputError(
+            f"mesh with rows in {len(processes)} parts over {len(held)} processes: some share a "
+            "part of their rows; let data times fsdp be a multiple of the processes, or a divisor"
+        )
+    return shares.index(held[own]), len(shares)
 
 
 def single_device_mesh() -> Mesh:

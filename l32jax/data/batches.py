@@ -15,7 +15,7 @@ from l32jax.data.rows import FIELDS, Batch, stack
 from l32jax.data.streams import Row, Rows, Source, damaged_state, in_turn, make_streams
 from l32jax.errors import InputError
 from l32jax.kernels.context import balanced_order
-from l32jax.sharding import CONTEXT_AXIS, activation_spec
+from l32jax.sharding import CONTEXT_AXIS, activation_spec, row_share
 
 logger = logging.getLogger(__name__)
 
@@ -191,19 +191,22 @@ def _read_state(state: bytes, order: dict[str, Any]) -> tuple[dict[int, str], di
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays over all processes, each process giving its own rows, as activations are sharded.
+    """Arrays over all processes, each process giving its share of rows, as activations are sharded.
 
     Where a mesh splits positions, rows are stored in an order that gives every device as much to
     attend to (`kernels.context.balanced_order`).
     """
     num_shards = mesh.shape[CONTEXT_AXIS]
+    _, shares = row_share(mesh)
 
     def put(name: str, local: np.ndarray) -> jax.Array:
         dims = FIELDS[name]
         if num_shards > 1 and "t" in dims:
             local = local[:, _balanced(local.shape[1], num_shards)]
         return jax.make_array_from_process_local_data(
-            NamedSharding(mesh, activation_spec(dims)), local
+            NamedSharding(mesh, activation_spec(dims)),
+            local,
+            (shares * local.shape[0], *local.shape[1:]),
         )
 
     return {name: put(name, local) for name, local in batch.items()}

@@ -64,8 +64,8 @@ class Counts:
     tile_slots: int = 0
 
     @classmethod
-    def of(cls, batch: Mapping[str, np.ndarray], *, processes: int = 1) -> "Counts":
-        """Those of a batch on the host, times the processes that have as much each."""
+    def of(cls, batch: Mapping[str, np.ndarray], *, shares: int = 1) -> "Counts":
+        """Those of a share of a batch, times the shares that have as much each."""
         seen = batch["stop"] - batch["start"]
         found = {"tokens": np.sum(seen > 0), "slots": seen.size, "pairs": seen.sum(dtype=np.int64)}
         if "aspect" in batch:
@@ -79,7 +79,7 @@ class Counts:
                 "tiles": tiles.sum(),
                 "tile_slots": batch["tile_index"].size,
             }
-        return cls(**{name: int(value) * processes for name, value in found.items()})
+        return cls(**{name: int(value) * shares for name, value in found.items()})
 
     def __add__(self, other: "Counts") -> "Counts":
         names = [field.name for field in dataclasses.fields(self)]

@@ -23,6 +23,7 @@ from l32jax.data.sources.mixture import open_batches
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params
 from l32jax.run_config import StageConfig, TrainConfig
+from l32jax.sharding import row_share
 from l32jax.train.accumulate import require_even_rows
 from l32jax.train.bad_steps import Judge, RollBack
 from l32jax.train.board import open_board
@@ -123,13 +124,14 @@ def run_stage(
     """One stage from its newest checkpoint, or from `params`, to its last step."""
     beside.clock.switch("training_prep")
     config = replace(config, model=config.model_of(number))
+    share, shares = row_share(mesh)
     batches = open_batches(
         config.stages[number].data,
         config.model,
         tokenizer,
         seed=config.seed + number,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
     )
     with closing(batches), Store(stage_directory(config, number), keep=config.keep) as store:
         at = _Stage(config, number, mesh, tokenizer, batches, store)

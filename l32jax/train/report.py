@@ -14,6 +14,7 @@ from jaxtyping import Array
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params
 from l32jax.run_config import TrainConfig
+from l32jax.sharding import row_share
 from l32jax.train import examples, goodput, inside, journal
 from l32jax.train.bad_steps import Judge
 from l32jax.train.flops import Counts
@@ -87,6 +88,7 @@ class Report:
         self._own_seconds, self._own_steps, self._waited_last = 0.0, 0, 0.0
         self._probe = inside.make_probe(config, mesh)
         self._writing = jax.process_index() == 0
+        _, self._shares = row_share(mesh)
 
     def __enter__(self) -> "Report":
         self._clock.enter(self._number, self._first_step)
@@ -143,7 +145,7 @@ class Report:
     ) -> None:
         """Step `index` is on its way to the devices; these are its batch there, and its result."""
         done = index + 1
-        counts = Counts.of(batch, processes=jax.process_count())
+        counts = Counts.of(batch, shares=self._shares)
         gates = inside.gates(params) if self._is_due(done, self._config.log_every) else {}
         step = _Step(done, metrics, gates, counts, self._waited)
         self._waited = 0.0

@@ -268,3 +268,29 @@ def test_an_axis_lies_along_the_wires_of_a_torus():
     for row in devices.reshape(2, 4):
         varying = [len({device.coords[axis] for device in row}) for axis in range(3)]
         assert sorted(varying) == [1, 2, 2]
+
+
+def processes_of(count: int, rows: int, devices: int) -> np.ndarray:
+    """Of the devices of each part of the rows: neighbours are of one process, while it has some."""
+    return (np.arange(rows * devices) * count // (rows * devices)).reshape(rows, devices)
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "devices", "shares"),
+    [
+        (4, 4, 1, (0, 1, 2, 3)),
+        (4, 8, 1, (0, 1, 2, 3)),  # two parts each
+        (4, 1, 4, (0, 0, 0, 0)),  # each row is split over all
+        (4, 2, 2, (0, 0, 1, 1)),  # and over pairs
+        (2, 2, 2, (0, 1)),
+    ],
+)
+def test_processes_that_split_rows_feed_the_same(count, rows, devices, shares):
+    processes = processes_of(count, rows, devices)
+    found = [sharding._share_of(processes, own) for own in range(count)]
+    assert found == [(share, len(set(shares))) for share in shares]
+
+
+def test_processes_that_share_rows_in_part_are_refused():
+    with pytest.raises(InputError, match="share a part of their rows"):
+        sharding._share_of(processes_of(2, 3, 2), 0)  # the part in the middle is of both

@@ -152,7 +152,7 @@ def test_padding_is_done_but_of_no_use():
 
 
 def test_other_processes_have_as_much():
-    assert Counts.of(full_batch(VISION), processes=3).tokens == 3 * ROWS * LENGTH
+    assert Counts.of(full_batch(VISION), shares=3).tokens == 3 * ROWS * LENGTH
 
 
 def test_text_rows_of_a_vision_model_cost_no_vision():

@@ -54,10 +54,19 @@ def begun(sentences, tmp_path_factory) -> dict[int, Run]:
     return {count: begin(count) for count in (1, 2)}
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_trains_the_same(count, whole, sentences, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (2, ()),
+        (4, ()),
+        (2, ("mesh.fsdp=1", "mesh.context=2")),
+        (4, ("mesh.fsdp=2", "mesh.tensor=2")),
+    ],
+    ids=["2", "4", "2 that share rows", "2 and 2 that share rows"],
+)
+def test_any_number_of_processes_trains_the_same(count, changes, whole, sentences, tmp_path):
     run = run_in(tmp_path / "run", sentences)
-    run.finish(count)
+    run.finish(count, *changes)
     assert_same(run, whole)
 
 
