@@ -58,8 +58,8 @@ def _parse(text: str, kind: Any, where: str) -> Any:
     try:
         value = literal_eval(text)
     except (ValueError, SyntaxError):
-        if dataclasses.is_dataclass(kind) and hasattr(kind, "parse"):
-            return kind.parse(text)  # mesh=fsdp=16,tensor=8
+        if dataclasses.is_dataclass(kind) and (parse := getattr(kind, "parse", None)):
+            return parse(text)  # mesh=fsdp=16,tensor=8
         value = text  # a bare word, for Literal[...] and `str | None`
     return decode(kind, value, where)
 
