@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from l32jax.data.batches import Batches
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
+from l32jax.model.parameters import on_mesh
 from l32jax.run_config import BadSteps
 from l32jax.sharding import single_device_mesh
 from l32jax.train import loop
@@ -175,8 +176,10 @@ class Walk:
         chosen = dataclasses.replace(config.stages[0], num_steps=14, bad_steps=policy)
         self.config = dataclasses.replace(config, stages=(chosen,))
         self._bad, self._left = bad, 1000
+        one = single_device_mesh()
         for name, stand_in in (
             ("init_state", lambda *_, **__: state_of(0, 0.0)),
+            ("abstract_state", lambda *_: on_mesh(jax.eval_shape(state_of, 0, 0.0), one)),
             ("stage_step", lambda *_: self._step),
             ("open_batches", lambda *_, **__: Numbers()),
             ("place", lambda batch, mesh: batch),

@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from l32jax.data import batches
 from l32jax.data.batches import place
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model import llama
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import single_device_mesh
-from l32jax.train import examples, goodput, inside, view
+from l32jax.train import examples, goodput, inside, report, view
 from l32jax.train.flops import Counts
 from l32jax.train.hosts import Hosts
 from l32jax.train.report import Report
@@ -155,6 +156,8 @@ def test_after_a_restart_the_board_forgets_what_was_undone(config, params, probe
 def test_other_processes_write_nothing(config, params, probe, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(report, "row_share", lambda _: (1, 2))
+    monkeypatch.setattr(batches, "row_share", lambda _: (0, 1))  # what is here is all
     monkeypatch.setattr(Hosts, "compare", lambda *_: {})  # which asks the other one
     monkeypatch.setattr(goodput, "Clock", lambda _: _clock_without_folder())
     run(config, params)
