@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -223,7 +222,8 @@ def test_a_mesh_that_says_something_else_is_refused(spec):
         MeshConfig.parse(spec)
 
 
-class FakeTpu(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FakeTpu:
     """What arranging asks of a device of v4 and later: its place in a torus, and its slice."""
 
     id: int
