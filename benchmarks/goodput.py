@@ -1,7 +1,7 @@
 """What kills and saving cost a run: its goodput with kills at random, and steps with and without.
 
-    python -m benchmarks.goodput /tmp/goodput
-    python -m benchmarks.goodput /tmp/goodput --steps 600 --kills 8 --save-every 20
+    python -m benchmarks.goodput runs/goodput
+    python -m benchmarks.goodput runs/goodput --steps 600 --kills 8 --save-every 20
 
 A small text model trains three times, in processes of their own: saving nothing until its end,
 saving every few steps, and that with SIGKILLs at random moments, each of which the same command
