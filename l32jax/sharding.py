@@ -11,8 +11,9 @@ The two tables below are the whole parallelism plan. A letter they lack is not s
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,14 +99,19 @@ def _within(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def row_parts(axes: Mapping[str, int]) -> int:
+    """Parts that the rows of a batch are in, on a mesh with axes of these sizes."""
+    return math.prod(axes[axis] for axis in ACTIVATION_AXES["b"])
+
+
+@functools.lru_cache(maxsize=32)  # it looks at every device, and is asked for every batch
 def row_share(mesh: Mesh) -> tuple[int, int]:
     """Which share of the rows of a batch this process feeds its devices with, and of how many.
 
     Processes have the same share if only axes that split rows themselves lie between them.
     """
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
-    rows = math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["b"])
-    return _share_of(processes.reshape(rows, -1), jax.process_index())
+    return _share_of(processes.reshape(row_parts(mesh.shape), -1), jax.process_index())
 
 
 def _share_of(processes: Int[np.ndarray, "rows devices"], own: int) -> tuple[int, int]:

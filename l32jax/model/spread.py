@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from l32jax.sharding import ACTIVATION_AXES, CONTEXT_AXIS, activation_spec
+from l32jax.sharding import ACTIVATION_AXES, CONTEXT_AXIS, activation_spec, row_parts
 
 
 def by_image(array: Array) -> Array:
@@ -41,12 +41,11 @@ def by_row(array: Array, shape: tuple[int, ...]) -> Array:
     local = (rows, shares, batch // rows, padded // shares)
     spec = PartitionSpec(ACTIVATION_AXES["b"], CONTEXT_AXIS)
     array = array.reshape(*local, *rest, out_sharding=spec).swapaxes(1, 2)
-    merged = PartitionSpec(ACTIVATION_AXES["b"], CONTEXT_AXIS)
-    array = array.reshape(batch, padded, *rest, out_sharding=merged)
+    array = array.reshape(batch, padded, *rest, out_sharding=spec)
     return jax.sharding.reshard(array, activation_spec("b"))[:, :images]
 
 
 def _sizes() -> tuple[int, int]:
     """Devices that have different rows, and those that share one."""
     axes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(axes[axis] for axis in ACTIVATION_AXES["b"]), axes[CONTEXT_AXIS]
+    return row_parts(axes), axes[CONTEXT_AXIS]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from l32jax.config import DecoderConfig, LlamaConfig, Part
 from l32jax.data.rows import VisionShape
 from l32jax.data.sources.mixture import row_shape
+from l32jax.plan.workload import padded_tokens
 from l32jax.run_config import TrainConfig
-from l32jax.train.flops import TOKEN_MULTIPLE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def _cross(
 
 def _tower(vision: VisionShape, tiles: float, mesh: Mapping[str, int], trains) -> Block:
     encoder = vision.encoder
-    padded = -(-encoder.tokens_per_tile // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    padded = padded_tokens(encoder)
     return Block(
         part="vision_tower",
         layers=encoder.num_local_layers + encoder.num_global_layers,

@@ -1,6 +1,7 @@
 """What a stage would need and how fast it would go, on a machine that is not here."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,11 @@ class Plan:
         return found
 
 
+def mesh_text(axes: Mapping[str, int]) -> str:
+    """In one line, without the axes of one device."""
+    return ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "data=1"
+
+
 def _parts(time: StepTime) -> dict[str, Any]:
     names = ("matmul", "other", "kernels", "exposed")
     return {name: getattr(time, name) for name in names} | {
@@ -102,32 +108,57 @@ def plan_training(config: TrainConfig, number: int, topology: Topology) -> Plan:
       InputError: the mesh, or the batch, does not go with the devices.
     """
     mesh = make_mesh(config.mesh, topology.devices)
-    stage, model = config.stages[number], config.model_of(number)
-    counts = full_rows(stage.data, model)
+    axes, seconds = dict(mesh.shape), 0.0
     try:
         compiled = compile_training(config, number, mesh)
-        memory, time = compiled.memory, _time(compiled, config, number, topology, dict(mesh.shape))
+        memory, time = compiled.memory, _time(compiled, config, number, topology, axes)
+        seconds = compiled.seconds
     except DoesNotFit as error:
-        compiled, memory, time = None, error.memory, None
+        memory, time = error.memory, None
+    return stage_plan(config, number, topology, axes, memory, time, compile_seconds=seconds)
+
+
+def stage_plan(
+    config: TrainConfig,
+    number: int,
+    topology: Topology,
+    axes: dict[str, int],
+    memory: Memory,
+    time: StepTime | None,
+    *,
+    compile_seconds: float = 0.0,
+    arithmetic: bool = False,
+) -> Plan:
+    """That of a stage whose memory and time are known."""
+    stage, model = config.stages[number], config.model_of(number)
+    counts = full_rows(stage.data, model)
     parts = flops_by_part(stage, model, counts)
     return Plan(
         stage=stage.name,
-        topology=str(topology),
-        chip=topology.chip.name,
-        devices=len(topology.devices),
-        mesh=dict(mesh.shape),
+        **_machine(topology, axes),
         saved=config.saved,
         accumulate=stage.accumulate,
         counts=counts,
         trains=stage.trains,
         flops={name: (one.forward.useful, one.backward.useful) for name, one in parts.items()},
         memory=memory,
-        hbm_bytes=topology.chip.hbm_bytes,
-        peak=topology.chip.peak,
-        watts=topology.chip.watts,
-        compile_seconds=0.0 if compiled is None else compiled.seconds,
+        compile_seconds=compile_seconds,
         time=time,
+        arithmetic=arithmetic,
     )
+
+
+def _machine(topology: Topology, axes: dict[str, int]) -> dict[str, Any]:
+    chip = topology.chip
+    return {
+        "topology": str(topology),
+        "chip": chip.name,
+        "devices": len(topology.devices),
+        "mesh": axes,
+        "hbm_bytes": chip.hbm_bytes,
+        "peak": chip.peak,
+        "watts": chip.watts,
+    }
 
 
 def plan_serving(
@@ -135,31 +166,25 @@ def plan_serving(
 ) -> Plan:
     """The same of a step of generation, in bfloat16: whole prompts, or the next token of each."""
     devices = make_mesh(mesh, topology.devices)
+    axes = dict(devices.shape)
     counts = requests.counts(phase, model)
     try:
         compiled = compile_serving(model, requests, phase, devices)
         memory, seconds = compiled.memory, compiled.seconds
         kernels = attention_seconds(topology.chip, requests.visible(model))
-        axes = dict(devices.shape)
         time = estimate(compiled.text, topology.chip, axes, kernels, shape=topology.shape)
     except DoesNotFit as error:
         memory, seconds, time = error.memory, 0.0, None
     flops = step_flops(model, (), counts)
     return Plan(
         stage=phase,
-        topology=str(topology),
-        chip=topology.chip.name,
-        devices=len(topology.devices),
-        mesh=dict(devices.shape),
+        **_machine(topology, axes),
         saved="everything",
         accumulate=1,
         counts=counts,
         trains=(),
         flops={name: (found.useful, 0) for name, found in flops.items()},
         memory=memory,
-        hbm_bytes=topology.chip.hbm_bytes,
-        peak=topology.chip.peak,
-        watts=topology.chip.watts,
         compile_seconds=seconds,
         time=time,
     )

@@ -24,7 +24,7 @@ Shapes = Any  # of jax.ShapeDtypeStruct
 
 
 class Memory(NamedTuple):
-    """Bytes of one device. `peak` has everything; `needed` what did not fit, if that is so."""
+    """Bytes of one device. `peak` has everything, or would have, if it does not fit."""
 
     params: int
     optimizer: int
@@ -79,7 +79,7 @@ def abstract_batch(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
 
 def compile_training(config: TrainConfig, number: int, mesh: Mesh) -> Compiled:
     """The step of a stage, as `train.loop` runs it."""
-    require_even_rows(config.stages[number], mesh)
+    require_even_rows(config.stages[number], mesh.shape)
     with _dividing(mesh):
         state, batch = training_inputs(config, number, mesh)
     step = stage_step(config, number)

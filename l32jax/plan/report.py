@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from l32jax.plan.planning import Plan
+from l32jax.plan.planning import Plan, mesh_text
 
 GIB = 2**30
 TRUST = (
@@ -25,9 +25,8 @@ ARITHMETIC = (
 def print_plan(plan: Plan, *, num_steps: int) -> None:
     """Everything about one plan; `num_steps` are those of the hours and the energy."""
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{plan.stage}[/] on {plan.topology}: {plan.devices:,} devices, {mesh(plan)}"
-    )
+    where = f"{plan.topology}: {plan.devices:,} devices, {mesh_text(plan.mesh)}"
+    console.print(f"[bold]{plan.stage}[/] on {where}")
     table = Table.grid(padding=(0, 2))
     for name, value in _rows(plan, num_steps):
         table.add_row(name, value)
@@ -55,10 +54,6 @@ def print_candidates(plans: list[Plan]) -> None:
 def rank(plan: Plan) -> float:
     """Seconds a token; infinite for what does not fit."""
     return float("inf") if plan.seconds is None else plan.seconds / plan.counts.tokens
-
-
-def mesh(plan: Plan) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "data=1"
 
 
 def _rows(plan: Plan, num_steps: int) -> Iterator[tuple[str, str]]:
@@ -119,7 +114,7 @@ def _parts(plan: Plan) -> Table:
 def _cells(plan: Plan) -> tuple[str, ...]:
     fast = plan.seconds is not None
     return (
-        mesh(plan),
+        mesh_text(plan.mesh),
         plan.saved,
         f"{plan.counts.slots:,}",
         str(plan.accumulate),

@@ -12,7 +12,7 @@ from l32jax.plan.analytic import Estimate, estimate
 from l32jax.plan.blocks import work_of
 from l32jax.plan.chips import Chip
 from l32jax.plan.footprint import memory_of
-from l32jax.plan.planning import Plan, plan_training
+from l32jax.plan.planning import Plan, mesh_text, plan_training
 from l32jax.plan.topology import Topology
 from l32jax.run_config import TrainConfig
 
@@ -82,9 +82,7 @@ def compiled(
 
 
 def _told(one: Candidate) -> str:
-    sizes = dataclasses.asdict(one.config.mesh).items()
-    mesh = ",".join(f"{axis}={size}" for axis, size in sizes if size > 1) or "data=1"
-    return f"{mesh} saved={one.config.saved}"
+    return f"{mesh_text(dataclasses.asdict(one.config.mesh))} saved={one.config.saved}"
 
 
 def variants(config: TrainConfig, number: int, chip: Chip, devices: int) -> Iterator[TrainConfig]:

@@ -18,7 +18,7 @@ from l32jax.model.parameters import on_mesh
 from l32jax.plan.program import Compiled, Memory, compile_for, device_bytes
 from l32jax.plan.workload import visible
 from l32jax.run_config import DataConfig
-from l32jax.sharding import ACTIVATION_AXES, CONTEXT_AXIS, activation_spec
+from l32jax.sharding import CONTEXT_AXIS, activation_spec, row_parts
 from l32jax.train.flops import Counts
 
 Phase = Literal["prefill", "decode"]
@@ -83,9 +83,7 @@ def compile_serving(model: LlamaConfig, requests: Requests, phase: Phase, mesh: 
 
 
 def _require_even(requests: Requests, mesh: Mesh) -> None:
-    shares = 1
-    for axis in ACTIVATION_AXES["b"]:
-        shares *= mesh.shape[axis]
+    shares = row_parts(mesh.shape)
     if mesh.shape[CONTEXT_AXIS] > 1:
         raise InputError("mesh with a context axis: generation does not split rows; let it be 1")
     if requests.rows % shares:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from l32jax.config import LlamaConfig, Part
+from l32jax.config import LlamaConfig, Part, VisionConfig
 from l32jax.data.rows import VisionShape
 from l32jax.data.sources.mixture import row_shape
 from l32jax.run_config import DataConfig, StageConfig
-from l32jax.train.flops import Counts, Flops, step_flops
+from l32jax.train.flops import TOKEN_MULTIPLE, Counts, Flops, step_flops
 
 
 def full_rows(data: DataConfig, model: LlamaConfig) -> Counts:
@@ -48,9 +48,14 @@ def visible(data: DataConfig, model: LlamaConfig, *, context: int) -> dict[tuple
     vision = row_shape(data, model).vision
     if vision is None:
         return {}
-    tower = vision.encoder.max_tiles * -(-vision.encoder.tokens_per_tile // 8) * 8
+    tower = vision.encoder.max_tiles * padded_tokens(vision.encoder)
     keys = vision.slots * vision.encoder.tokens_per_tile
     return {(tower, tower): 1.0, (data.length // context, keys): 1 / vision.max_images}
+
+
+def padded_tokens(encoder: VisionConfig) -> int:
+    """Of a tile, with those that fill it up."""
+    return -(-encoder.tokens_per_tile // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
 
 class PartFlops(NamedTuple):

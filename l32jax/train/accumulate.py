@@ -1,18 +1,18 @@
 """Gradients of a batch that is too large for the devices, a part of its rows at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key
 
 from l32jax.errors import InputError
 from l32jax.model.llama import Batch
 from l32jax.model.parameters import Params
 from l32jax.run_config import StageConfig
-from l32jax.sharding import ACTIVATION_AXES
+from l32jax.sharding import row_parts
 
 SumOverRows = Callable[[Params, Batch, Key[Array, ""]], tuple[Array, Any]]
 
@@ -40,11 +40,13 @@ def summed_gradients(
     return jax.lax.scan(add, nothing, (parts, jnp.arange(num_parts)))[0]
 
 
-def require_even_rows(stage: StageConfig, mesh: Mesh | AbstractMesh) -> None:
-    """InputError unless every device has as many rows in every microbatch."""
-    devices = 1
-    for axis in ACTIVATION_AXES["b"]:
-        devices *= mesh.shape[axis]
+def require_even_rows(stage: StageConfig, axes: Mapping[str, int]) -> None:
+    """InputError unless every device has as many rows in every microbatch.
+
+    Args:
+      axes: of the mesh, their sizes.
+    """
+    devices = row_parts(axes)
     if stage.data.batch_size % (devices * stage.accumulate):
         raise InputError(
             f"batch_size={stage.data.batch_size} of stage {stage.name!r}: it must be a multiple of "

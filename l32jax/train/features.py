@@ -1,7 +1,6 @@
 """Computing the image features of a stage that does not train the encoder, before it begins."""
 
 import hashlib
-import math
 import shutil
 import sys
 import time
@@ -33,7 +32,7 @@ from l32jax.errors import InputError, one_line
 from l32jax.model.llama import Images, bind
 from l32jax.model.parameters import Params, flatten, is_stacked
 from l32jax.run_config import StageConfig, TrainConfig
-from l32jax.sharding import ACTIVATION_AXES
+from l32jax.sharding import row_parts
 from l32jax.train.progress import told
 
 Source = Sequence[Sample | Bad]
@@ -267,7 +266,7 @@ class Encoder:
         assert vision is not None
         self.kind = kind
         self._params, self._mesh = params, mesh
-        shards = math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["b"])
+        shards = row_parts(mesh.shape)
         each = max(shards // jax.process_count(), 1)  # of this a process has a multiple of rows
         self._shape = (-(-UNIT // each) * each, 1, vision.max_tiles, 3, *[vision.image_size] * 2)
 

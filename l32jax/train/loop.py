@@ -71,7 +71,7 @@ def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh
       params: what the first stage starts from; None for random ones. They are donated.
     """
     for stage in config.stages:
-        require_even_rows(stage, mesh)
+        require_even_rows(stage, mesh.shape)
     board, restart = open_board(), restart_from(partial(newest_save, config))
     stop, writing = Stop(board), jax.process_index() == 0
     with (

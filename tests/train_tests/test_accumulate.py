@@ -82,8 +82,8 @@ def test_every_device_keeps_its_rows_and_has_as_many_of_every_microbatch():
 
 def test_rows_that_do_not_split_evenly_are_an_input_error():
     mesh = make_mesh(MESH)
-    require_even_rows(training(2), mesh)
+    require_even_rows(training(2), mesh.shape)
     with pytest.raises(InputError, match="it must be a multiple of 16, as 4 devices share"):
-        require_even_rows(training(4), mesh)
+        require_even_rows(training(4), mesh.shape)
     with pytest.raises(InputError, match="batch_size=8 must be a multiple of it"):
         training(3)
