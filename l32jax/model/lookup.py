@@ -21,10 +21,10 @@ def look_up(
     but one look up zeros. The gradient comes back the same way, and adds up in the table's dtype.
     """
     rows = activation_spec("bt")
-    run = jax.shard_map(
-        partial(_local, dtype=dtype), in_specs=(param_spec("vd"), rows), out_specs=rows
-    )
-    return run(table, jax.sharding.reshard(ids, rows))
+    specs = param_spec("vd"), rows
+    run = jax.shard_map(partial(_local, dtype=dtype), in_specs=specs, out_specs=rows)
+    # A table that lies in another way, as one made outside any mesh does, is moved.
+    return run(*(jax.sharding.reshard(*pair) for pair in zip((table, ids), specs, strict=True)))
 
 
 def _local(table: Float[Array, "v d"], ids: Int[Array, "b t"], dtype: jnp.dtype) -> Array:

@@ -27,7 +27,7 @@ def models() -> int:
     import jax
     from jax.experimental.multihost_utils import process_allgather
     ranks = process_allgather(jax.numpy.array([jax.process_index()])).ravel().tolist()
-    print(list(cluster.hosts()), ranks, sep=";")
+    sys.stdout.write(f"{list(cluster.hosts())};{ranks}\\n")  # at once: mpirun mixes writes
     return 0
 l32jax.cli.models.models = models
 sys.exit(main(["models"]))

@@ -33,9 +33,9 @@ VISION = LlamaConfig(
         embed_dim=256,
         num_heads=4,
         mlp_dim=512,
-        num_local_layers=2,
+        num_local_layers=1,
         num_global_layers=1,
-        taps=(1,),
+        taps=(0,),
         max_tiles=4,
     ),
 )
