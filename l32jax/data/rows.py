@@ -37,7 +37,7 @@ FIELDS = {
     "start": "bt",
     "stop": "bt",
     "tiles": "bic3yx",
-    "features": "bmpe",
+    "features": "bse",
     "aspect": "bi2",
     "tile_index": "bm",
     "vision_start": "bt",
@@ -219,12 +219,12 @@ def _tiles(images: Sequence[ImageSource], aspect: np.ndarray, vision: VisionShap
 def _features(
     images: Sequence[ImageSource], aspect: np.ndarray, vision: VisionShape, features: Features
 ) -> np.ndarray:
-    """[m p e] in the order of `_tile_index`; writes the grids of the images into `aspect`."""
+    """[s e], tiles in the order of `_tile_index`; writes the images' grids into `aspect`."""
     stored = [features.find(image) for image in images]
     for index, (_, _, grid) in enumerate(stored):
         aspect[index] = grid
     _require_slots(aspect, vision)
-    return features.read(stored, vision.slots)
+    return features.read(stored, vision.slots).reshape(-1, vision.encoder.feature_dim)
 
 
 def _require_slots(aspect: np.ndarray, vision: VisionShape) -> None:

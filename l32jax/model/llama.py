@@ -17,6 +17,7 @@ from l32jax.model.layers import Projection
 from l32jax.model.parameters import Params, flatten
 from l32jax.model.remat import Saved
 from l32jax.model.spread import by_image, by_row
+from l32jax.model.tile_list import Tiles, end_to_end
 from l32jax.model.vision import VisionEncoder, normalise
 from l32jax.sharding import CONTEXT_AXIS, activation_spec, single_device_mesh
 
@@ -36,7 +37,7 @@ class Images(NamedTuple):
     tiles: UInt8[Array, "b i c 3 y x"] | Float[Array, "b i c 3 y x"] | None
     aspect: Int[Array, "b i 2"]
     tile_index: Int[Array, "b m"]
-    features: Float[Array, "b m p e"] | None = None
+    features: Float[Array, "b s e"] | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> "Images | None":
@@ -69,15 +70,19 @@ class Llama(nnx.Module):
         images: Images,
         attention: AttentionConfig = AUTO,
     ) -> Float[Array, "b i c p e"]:
-        return by_row(self._encoded(images, attention), images.aspect.shape)
+        vision = self.vision.config
+        tokens = by_row(self._encoded(images, attention), images.aspect.shape)
+        tokens = tokens[:, :, : vision.max_tiles * vision.tokens_per_tile]
+        tiled = (*tokens.shape[:2], vision.max_tiles, vision.tokens_per_tile, tokens.shape[-1])
+        return tokens.reshape(tiled, out_sharding=activation_spec("b"))
 
     def _encoded(
         self, images: Images, attention: AttentionConfig, saved: Saved = "everything"
-    ) -> Float[Array, "j c p e"]:
+    ) -> Float[Array, "j t e"]:
         assert images.tiles is not None, "their features are given"
         return self.vision(by_image(images.tiles), by_image(images.aspect), attention, saved)
 
-    def project(self, features: Float[Array, "b *tiles p e"]) -> Float[Array, "b *tiles p d"]:
+    def project(self, features: Float[Array, "b *tiles t e"]) -> Float[Array, "b *tiles t d"]:
         first, *_, width = features.shape
         where = PartitionSpec(*jax.typeof(features).sharding.spec[:2])
         flat = self.projector(features.reshape(first, -1, width, out_sharding=where))
@@ -97,29 +102,12 @@ class Llama(nnx.Module):
         shared = attention.vision_keys == "shared" and images.tile_index.shape[1] % shares == 0
         where = activation_spec("bt" if shared else "b")
         if images.features is not None:
-            tokens = self.project(jax.sharding.reshard(images.features, where))
-            return _merged(tokens, 1, where)
-        tiles = self.project(self._encoded(images, attention, saved))
-        tiles = _merged(by_row(tiles, images.aspect.shape), 1, activation_spec("b"))
-        return _merged(_listed(tiles, images.tile_index, where), 1, where)
-
-
-def _listed(
-    tiles: Float[Array, "b tiles p d"], index: Int[Array, "b m"], where: PartitionSpec
-) -> Float[Array, "b m p d"]:
-    """Each device takes those of its part of the list."""
-    take = jax.vmap(lambda row, index: row[index])
-    specs = (activation_spec("b"), where)
-    return jax.shard_map(take, in_specs=specs, out_specs=where)(
-        tiles, jax.sharding.reshard(index, where)
-    )
-
-
-def _merged(array: Array, dim: int, where: PartitionSpec) -> Array:
-    """Two neighbouring dimensions as one."""
-    shape = array.shape
-    merged = (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
-    return array.reshape(merged, out_sharding=where)
+            return self.project(jax.sharding.reshard(images.features, where))
+        vision = self.vision.config
+        tokens = self.project(self._encoded(images, attention, saved))
+        tokens = by_row(tokens, images.aspect.shape)
+        tiles = Tiles(vision.max_tiles, vision.tokens_per_tile)
+        return end_to_end(tokens, images.tile_index, tiles, where)
 
 
 @functools.lru_cache(maxsize=32)

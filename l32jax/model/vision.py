@@ -121,10 +121,11 @@ class VisionEncoder(nnx.Module):
         aspect: Int[Array, "j 2"],
         attention: AttentionConfig,
         saved: Saved = "everything",
-    ) -> Float[Array, "j c p e"]:
-        """Features of every token of every tile: the final ones, then the taps, interleaved.
+    ) -> Float[Array, "j t e"]:
+        """Features of every token: the final ones, then the taps, interleaved.
 
-        All `c` tiles are computed: unused ones take part in attention, as in the reference.
+        Tokens are those of all `c` tiles in turn, then padding. Unused tiles are computed too, for
+        they take part in attention, as in the reference.
         """
         assert jnp.issubdtype(tiles.dtype, jnp.floating), "pixels must be normalised first"
         num_tiles, num_tokens = tiles.shape[1], self.config.tokens_per_tile
@@ -144,9 +145,7 @@ class VisionEncoder(nnx.Module):
 
         taps = jnp.moveaxis(taps, 0, -1)  # channel c of tap j at c * num_taps + j, as in Meta
         taps = taps.reshape(batch, x.shape[1], -1, out_sharding=rows)
-        features = jnp.concatenate([x, taps], axis=-1)
-        features = features[:, : num_tiles * num_tokens]
-        return features.reshape(batch, num_tiles, num_tokens, -1, out_sharding=rows)
+        return jnp.concatenate([x, taps], axis=-1)
 
     def _embed(self, tiles, aspect):
         batch, num_tiles = tiles.shape[:2]

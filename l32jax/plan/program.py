@@ -67,7 +67,7 @@ def abstract_batch(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
     if data.features is not None and shape.vision is not None:
         vision = shape.vision
         del row["tiles"]
-        kept = (vision.slots, vision.encoder.tokens_per_tile, vision.encoder.feature_dim)
+        kept = (vision.slots * vision.encoder.tokens_per_tile, vision.encoder.feature_dim)
         row["features"] = jax.ShapeDtypeStruct(kept, jnp.dtype(config.dtype))
 
     def placed(name: str, array: Any) -> jax.ShapeDtypeStruct:

@@ -133,11 +133,11 @@ def test_rows_are_as_with_tiles_but_for_the_features(tmp_path):
         assert kept.keys() == plain.keys() - {"tiles"} | {"features"}
         for name in kept.keys() - {"features"}:
             np.testing.assert_array_equal(kept[name], plain[name])
-        assert kept["features"].shape == (12, 5, 96)
+        assert kept["features"].shape == (12 * 5, 96)
     full = make_row(samples, features=Features(tmp_path), **options)
     of_last = made_of(16, 1, KIND)
     used = full["aspect"].prod(axis=1)
-    np.testing.assert_array_equal(full["features"][used[:3].sum()], of_last[0])
+    np.testing.assert_array_equal(full["features"].reshape(12, 5, 96)[used[:3].sum()], of_last[0])
     with pytest.raises(InputError, match="its vision axis holds 12"):
         four = Sample.single([IMAGE_ID] * 4, [0] * 4, [PICTURES[n] for n in (3, 7, 11, 15)])
         make_row([four], features=Features(tmp_path), **options)
