@@ -25,7 +25,7 @@ from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
 from l32jax.model.llama import abstract_params, init_params
 from l32jax.model.parameters import Params, combine, on_mesh, partition, trains
-from l32jax.presets import PRESETS
+from l32jax.presets import PRESETS, mesh_for
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
 from l32jax.train.loop import stage_directory, train
@@ -137,7 +137,8 @@ def run(config: TrainConfig) -> Model:
         text model that it is built on.
       Interrupted: the run was asked to stop, and has saved.
     """
-    mesh = make_mesh(config.mesh)
+    devices = jax.device_count()
+    mesh = make_mesh(config.mesh or mesh_for(config.model, jax.default_backend(), devices))
     model = _beginning(config, mesh)
     tokenizer = model.require_tokenizer()
     params, model.params = model.params, None

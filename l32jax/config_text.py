@@ -25,6 +25,8 @@ def override(config: ConfigT, assignment: str) -> ConfigT:
         hint = did_you_mean(head, hints)
         raise InputError(f"{type(config).__name__} has no field {head!r}{hint}")
     old = getattr(config, head)
+    if rest and old is None:  # mesh.tensor=4
+        old = _plain(hints[head])()
     if not rest:
         value = _parse(text, hints[head], where=path)
     elif isinstance(old, tuple):  # stages.0.num_steps=10
@@ -55,10 +57,11 @@ def _override_item(items: tuple, rest: str, text: str, where: str) -> tuple:
 def _parse(text: str, kind: Any, where: str) -> Any:
     if kind is str:
         return text
+    plain = _plain(kind)
     try:
         value = literal_eval(text)
     except (ValueError, SyntaxError):
-        if dataclasses.is_dataclass(kind) and (parse := getattr(kind, "parse", None)):
+        if dataclasses.is_dataclass(plain) and (parse := getattr(plain, "parse", None)):
             return parse(text)  # mesh=fsdp=16,tensor=8
         value = text  # a bare word, for Literal[...] and `str | None`
     return decode(kind, value, where)
@@ -110,8 +113,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return decode(kind, value, where)
+        return decode(_plain(kind), value, where)
     if origin is Literal:
         if value in arguments:
             return value
@@ -128,6 +130,14 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise InputError(f"{where}={short(value)} is a {type(value).__name__}, expected {kind}")
+
+
+def _plain(kind: Any) -> Any:
+    """The kind of an optional field that is set."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    (plain,) = (part for part in typing.get_args(kind) if part is not type(None))
+    return plain
 
 
 def short(value: Any) -> str:

@@ -3,9 +3,17 @@
 Sources: llama-models `sku_list.py` (shapes), the model cards (context, image sizes).
 """
 
+import math
 from dataclasses import replace
 
-from l32jax.config import BlockKind, DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
+from l32jax.config import (
+    BlockKind,
+    DecoderConfig,
+    LlamaConfig,
+    MeshConfig,
+    RopeScaling,
+    VisionConfig,
+)
 from l32jax.config_text import did_you_mean
 from l32jax.errors import InputError
 
@@ -123,6 +131,29 @@ PRESETS = {
     "tiny-text": TINY_TEXT,
     "tiny-vision": TINY_VISION,
 }
+
+# Devices that share the parameters of models up to so wide; further ones hold copies (mesh axis
+# "data"). On TPUs every slice has room for that, and fetching hides behind the products. Machines
+# of GPUs have slow links between them: as few share as leave room for activations.
+# tests/plan_tests/test_mesh_presets.py holds them against all other meshes.
+SHARERS = {
+    "tpu": ((8192, 256),),
+    "gpu": ((3072, 8), (4096, 64), (8192, 256)),  # 1B and 3B; 8B and 11B; 70B and 90B
+}
+
+
+def mesh_for(model: LlamaConfig, platform: str, devices: int) -> MeshConfig:
+    """How so many devices divide the work of training, where nothing else is asked for.
+
+    Args:
+      platform: tpu, gpu or cpu, as JAX names them.
+    """
+    decoder, vision = model.decoder, model.vision
+    widths = math.gcd(decoder.embed_dim, vision.embed_dim if vision else 0)
+    known = [most for width, most in SHARERS.get(platform, ()) if decoder.embed_dim <= width]
+    most = min(known, default=devices)
+    ways = [n for n in range(1, most + 1) if devices % n == 0 and widths % n == 0]
+    return MeshConfig(data=devices // ways[-1], fsdp=ways[-1])
 
 
 def preset(name: str) -> LlamaConfig:

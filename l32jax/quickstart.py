@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from l32jax.api import Model, load
-from l32jax.config import DecoderConfig, LlamaConfig, MeshConfig, RopeScaling, VisionConfig
+from l32jax.config import DecoderConfig, LlamaConfig, RopeScaling, VisionConfig
 from l32jax.conversion.convert import save
 from l32jax.data import easy_vqa
 from l32jax.data.images import load_image
@@ -122,7 +122,6 @@ def run_config(directory: str | Path, tokenizer: Tokenizer, *, seed: int = 0) ->
         directory=str(directory),
         seed=seed,
         log_every=25,
-        mesh=MeshConfig(),
     )
 
 
@@ -134,7 +133,7 @@ def run(directory: str | Path, *, seed: int = 0) -> float:
     directory = Path(directory)
     tokenizer = make_tokenizer()
     config = run_config(directory, tokenizer, seed=seed)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh()
     train(config, tokenizer, None, mesh)
     model = load(directory, mesh=mesh)
     hidden, seeing = accuracy_without_pictures(model), accuracy(model)

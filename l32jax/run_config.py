@@ -173,6 +173,7 @@ class TrainConfig:
     start_from: a checkpoint or preset whose parameters the first stage starts from; None for
       random ones.
     tokenizer: a file or folder; None for the tokenizer that stands beside `start_from`.
+    mesh: None for that of `presets.mesh_for`, by the model's size and the devices.
     dtype: of activations.
     params: of parameters that are frozen. Those that train are float32; with "bfloat16", the model
       sees their matrices in `dtype`, once a step.
@@ -190,7 +191,7 @@ class TrainConfig:
     directory: str
     tokenizer: str | None = None
     start_from: str | None = None
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     params: Literal["float32", "bfloat16"] = "float32"

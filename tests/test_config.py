@@ -22,7 +22,10 @@ STAGE = StageConfig(
     optimizer=OptimizerConfig(peak_lr=1e-3),
 )
 RUN = TrainConfig(
-    model=TINY_VISION, stages=(STAGE, dataclasses.replace(STAGE, name="two")), directory="run"
+    model=TINY_VISION,
+    stages=(STAGE, dataclasses.replace(STAGE, name="two")),
+    directory="run",
+    mesh=MeshConfig(),
 )
 
 

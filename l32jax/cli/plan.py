@@ -104,7 +104,7 @@ def _serve(
     topology: str,
     slices: int,
 ) -> object:
-    from l32jax.plan.planning import plan_serving
+    from l32jax.plan.planning import mesh_of, plan_serving
     from l32jax.plan.report import print_plan
     from l32jax.plan.serving import Requests
     from l32jax.plan.topology import open_topology
@@ -114,7 +114,7 @@ def _serve(
         raise InputError(f"serving on {machine}: of GPUs only training is planned; give a TPU's")
     model = config.model_of(len(config.stages) - 1)
     with waiting(f"compiling for {machine}, some one to three minutes"):
-        found = plan_serving(model, Requests(*requests), phase, config.mesh, machine)
+        found = plan_serving(model, Requests(*requests), phase, mesh_of(config, machine), machine)
     print_plan(found, num_steps=1000)
     return found.as_dict()
 

@@ -4,7 +4,7 @@ XLA's compiler for CUDA says neither a time nor, without a card, whether a progr
 """
 
 from l32jax.plan.analytic import estimate
-from l32jax.plan.planning import Plan, stage_plan
+from l32jax.plan.planning import Plan, mesh_of, stage_plan
 from l32jax.plan.topology import Topology
 from l32jax.run_config import TrainConfig
 from l32jax.train.accumulate import require_even_rows
@@ -16,7 +16,7 @@ def plan_by_arithmetic(config: TrainConfig, number: int, topology: Topology) -> 
     Raises:
       InputError: the mesh, or the batch, does not go with the devices.
     """
-    chip, mesh = topology.chip, config.mesh.sizes(len(topology.devices))
+    chip, mesh = topology.chip, mesh_of(config, topology).sizes(len(topology.devices))
     require_even_rows(config.stages[number], mesh)
     shape = topology.shape if chip.torus else ()
     found = estimate(config, number, chip, mesh, topology.slices, shape=shape)

@@ -13,6 +13,7 @@ from l32jax.plan.steptime import estimate
 from l32jax.plan.tally import StepTime
 from l32jax.plan.topology import Topology
 from l32jax.plan.workload import flops_by_part, full_rows, visible
+from l32jax.presets import mesh_for
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh
 from l32jax.train.flops import Counts, step_flops
@@ -89,6 +90,12 @@ def mesh_text(axes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "data=1"
 
 
+def mesh_of(config: TrainConfig, topology: Topology) -> MeshConfig:
+    """The one that the run would have there."""
+    devices = len(topology.devices)
+    return config.mesh or mesh_for(config.model, topology.chip.platform, devices)
+
+
 def _parts(time: StepTime) -> dict[str, Any]:
     names = ("matmul", "other", "kernels", "exposed")
     return {name: getattr(time, name) for name in names} | {
@@ -107,7 +114,7 @@ def plan_training(config: TrainConfig, number: int, topology: Topology) -> Plan:
     Raises:
       InputError: the mesh, or the batch, does not go with the devices.
     """
-    mesh = make_mesh(config.mesh, topology.devices)
+    mesh = make_mesh(mesh_of(config, topology), topology.devices)
     axes, seconds = dict(mesh.shape), 0.0
     try:
         compiled = compile_training(config, number, mesh)

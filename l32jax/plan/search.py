@@ -12,7 +12,7 @@ from l32jax.plan.analytic import Estimate, estimate
 from l32jax.plan.blocks import work_of
 from l32jax.plan.chips import Chip
 from l32jax.plan.footprint import memory_of
-from l32jax.plan.planning import Plan, mesh_text, plan_training
+from l32jax.plan.planning import Plan, mesh_of, mesh_text, plan_training
 from l32jax.plan.topology import Topology
 from l32jax.run_config import TrainConfig
 
@@ -31,6 +31,11 @@ class Candidate:
     estimate: Estimate
 
     @property
+    def mesh(self) -> MeshConfig:
+        assert self.config.mesh is not None, "searches try meshes one by one"
+        return self.config.mesh
+
+    @property
     def seconds(self) -> float:
         return self.estimate.time.seconds
 
@@ -42,15 +47,18 @@ def ranked(config: TrainConfig, number: int, topology: Topology) -> list[Candida
     """
     best: dict[tuple[MeshConfig, str], Candidate] = {}
     for other in variants(config, number, topology.chip, len(topology.devices)):
-        one, key = _candidate(other, number, topology), (other.mesh, other.saved)
-        if one is not None and (key not in best or _order(one) < _order(best[key])):
+        one = _candidate(other, number, topology)
+        if one is None:
+            continue
+        key = one.mesh, other.saved
+        if key not in best or _order(one) < _order(best[key]):
             best[key] = one
     return sorted(best.values(), key=_order)
 
 
 def _candidate(config: TrainConfig, number: int, topology: Topology) -> Candidate | None:
     """None if it is too large, by arithmetic."""
-    chip, mesh = topology.chip, config.mesh.sizes(len(topology.devices))
+    chip, mesh = topology.chip, mesh_of(config, topology).sizes(len(topology.devices))
     if not memory_of(config, number, chip, mesh, work_of(config, number, mesh)).fits:
         return None
     shape = topology.shape if chip.torus else ()
@@ -82,7 +90,7 @@ def compiled(
 
 
 def _told(one: Candidate) -> str:
-    return f"{mesh_text(dataclasses.asdict(one.config.mesh))} saved={one.config.saved}"
+    return f"{mesh_text(dataclasses.asdict(one.mesh))} saved={one.config.saved}"
 
 
 def variants(config: TrainConfig, number: int, chip: Chip, devices: int) -> Iterator[TrainConfig]:
@@ -145,5 +153,5 @@ def _powers(most: int) -> list[int]:
 
 
 def _order(one: Candidate) -> tuple:
-    mesh = dataclasses.astuple(one.config.mesh)
+    mesh = dataclasses.astuple(one.mesh)
     return (one.seconds, one.estimate.memory.peak, mesh, one.config.saved)

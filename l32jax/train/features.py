@@ -179,8 +179,10 @@ def _size(number: float | int) -> str:
 
 
 def _agreed(array: np.ndarray) -> np.ndarray:
-    """What the first process has."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+    """What the first process has; as bytes, for of 64 bits JAX would take 32."""
+    sent = np.frombuffer(array.tobytes(), np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
+    return np.frombuffer(received.tobytes(), array.dtype).reshape(array.shape)
 
 
 def _compute_part(

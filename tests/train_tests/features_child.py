@@ -5,9 +5,11 @@ port it is one of two processes.
 """
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 
@@ -24,9 +26,13 @@ CACHE = Path(__file__).parents[2] / ".jax_cache"
 
 
 def main(source: str, folder: str, lives: str, port: str = "", process: str = "") -> None:
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if port:
+    if not port:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    else:
+        # Cut to 32 bits, as JAX cuts numbers, this is a negative one.
+        shutil.disk_usage = lambda _: SimpleNamespace(free=2**36 + 2**31)
+        # Without a cache: one of them would find what the other compiles, and gloo waits 30 s.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
     write, left = feature_parts.write_json, [None] * int(lives)
