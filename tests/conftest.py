@@ -4,9 +4,12 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight devices share two cores, which other tests need too: by default XLA gives up after 40 s.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
 
 import hypothesis
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("l32jax", "beartype.beartype")
@@ -20,3 +23,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # Some examples compile, and machines are slow in their own ways: time is no property of the code.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
+
+# Their programs run for moments and compile for long, in processes of their own too.
+QUICKLY_COMPILED = {"model_tests", "train_tests", "launch_tests"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture. Half as long; what programs compute differs in the last bits only."""
+    quickly = item.path.parent.name in QUICKLY_COMPILED and item.path.stem != "test_long_rows"
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))

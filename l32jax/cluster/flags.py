@@ -35,7 +35,14 @@ FLAGS: dict[str, tuple[Setting, ...]] = {
         Setting("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9", "three quarters of the memory by default"),
     ),
     "tpu": (),
-    "cpu": (),
+    "cpu": (
+        Setting(
+            "XLA_FLAGS",
+            "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+            "devices of one process share its cores and wait for each other; by default the first "
+            "ends all after 40 s",
+        ),
+    ),
 }
 
 
