@@ -47,8 +47,8 @@ def plan(
       config: a Python file with a function `config()` that returns a TrainConfig.
       overrides: fields to change, such as saved=dots or stages.0.data.batch_size=256.
       topology: a chip and the chips along each dimension of a slice: v4, v5p and tpu7x have three,
-        v5e and v6e two. Or machines by GPUs: h100:16x8, of h100, h200 and b200; nothing is
-        compiled for them, the time and the memory are arithmetic.
+        v5e and v6e two. Or machines by GPUs: h100:16x8, of h100, h200 and b200; their time is
+        arithmetic, and their memory too without JAX's CUDA plugin and ptxas (extra `cuda`).
       slices: how many of them, with only the network between.
       mesh: devices along the mesh axes, like data=2,fsdp=256; instead of the config's.
       stage: number of the stage, from 1.
@@ -82,14 +82,15 @@ def plan(
 def _plan(
     config: TrainConfig, number: int, topology: str, slices: int, steps: int | None
 ) -> object:
-    from l32jax.plan.gpu import plan_by_arithmetic
+    from l32jax.plan.gpu import plan_on_gpus
     from l32jax.plan.planning import plan_training
     from l32jax.plan.report import print_plan
     from l32jax.plan.topology import open_topology
 
     machine = open_topology(topology, slices)
     if machine.chip.platform == "gpu":
-        found = plan_by_arithmetic(config, number, machine)
+        with waiting(f"planning for {machine}, a minute if the CUDA compiler is here"):
+            found = plan_on_gpus(config, number, machine)
     else:
         with waiting(f"compiling for {machine}, some two to six minutes"):
             found = plan_training(config, number, machine)
@@ -122,8 +123,10 @@ def _serve(
 def _search(
     config: TrainConfig, number: int, topology: str, slices: int, steps: int | None
 ) -> object:
-    """The best by arithmetic; of TPUs they are compiled, as that is what is right."""
-    from l32jax.plan.gpu import plan_by_arithmetic
+    """The best by arithmetic, compiled where their compiler is here, as that is what is right."""
+    from l32jax.plan.cuda import missing
+    from l32jax.plan.gpu import plan_by_arithmetic, plan_on_gpus
+    from l32jax.plan.planning import plan_training
     from l32jax.plan.report import print_candidates
     from l32jax.plan.search import MOST_LISTED, compiled, ranked
     from l32jax.plan.topology import open_topology
@@ -136,10 +139,12 @@ def _search(
             f"stage {number + 1} on {machine}: no mesh, policy and parts of its batch fit, by "
             "arithmetic; take more devices, shorter rows, or offload=optimizer"
         )
-    if machine.chip.platform == "gpu":
+    of_gpus = machine.chip.platform == "gpu"
+    if of_gpus and missing():
         listed = choices[:MOST_LISTED]
         plans = [plan_by_arithmetic(one.config, number, machine) for one in listed]
     else:
-        plans = compiled(choices, number, machine, waiting)
+        plan = plan_on_gpus if of_gpus else plan_training
+        plans = compiled(choices, number, machine, waiting, plan)
     print_candidates(plans)
     return [plan.as_dict() for plan in plans]

@@ -5,9 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from l32jax.model.remat import PRODUCT
 from l32jax.sharding import activation_spec, param_spec
 
 
@@ -84,7 +86,7 @@ class Projection(nnx.Module):
         )
         if self.bias is not None:
             y = y + self.bias[...]
-        return y.astype(x.dtype)
+        return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
 
 class SwiGLU(nnx.Module):

@@ -24,7 +24,7 @@ class Plan:
     """Of one stage on one machine; all numbers are of a step unless they say more.
 
     time: None if the program does not fit. flops: useful ones by part, (forward, backward).
-    arithmetic: nothing was compiled; time and memory are `analytic`'s.
+    arithmetic: what of it no compiler said, but `analytic`: time, or memory and time.
     """
 
     stage: str
@@ -43,7 +43,7 @@ class Plan:
     watts: int
     compile_seconds: float
     time: StepTime | None
-    arithmetic: bool = False
+    arithmetic: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -134,7 +134,7 @@ def stage_plan(
     time: StepTime | None,
     *,
     compile_seconds: float = 0.0,
-    arithmetic: bool = False,
+    arithmetic: tuple[str, ...] = (),
 ) -> Plan:
     """That of a stage whose memory and time are known."""
     stage, model = config.stages[number], config.model_of(number)

@@ -98,9 +98,10 @@ def compile_for(
     mesh: Mesh, function: Any, arguments: tuple, sizes: Memory, **static: Any
 ) -> Compiled:
     """A jitted function for the devices of a mesh; `sizes` without its peak is what it holds."""
-    begin = time.monotonic()
+    begin, platform = time.monotonic(), mesh.devices.flat[0].platform
     with _dividing(mesh), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = function.lower(*arguments, **static)
+        traced = function.trace(*arguments, **static)
+        lowered = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

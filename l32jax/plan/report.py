@@ -16,10 +16,16 @@ TRUST = (
     "saving and jitter; compare plans by it, and take differences under 5 % for none."
 )
 ARITHMETIC = (
-    "Nothing was compiled: the time and the memory are arithmetic, not from the compiled program. "
     "TPUs' was fitted to three compiled programs; what GPUs reach of their peaks is assumed. "
     "Compare plans by it, and take differences under 15 % for none."
 )
+TRUST_OF = {
+    (): TRUST,
+    ("time",): "Memory is the compiler's own. The time is arithmetic, not from the compiled "
+    f"program. {ARITHMETIC}",
+    ("memory", "time"): "Nothing was compiled: the time and the memory are arithmetic, not from "
+    f"the compiled program. {ARITHMETIC}",
+}
 
 
 def print_plan(plan: Plan, *, num_steps: int) -> None:
@@ -33,7 +39,7 @@ def print_plan(plan: Plan, *, num_steps: int) -> None:
     console.print(table)
     if plan.time is not None:
         console.print(_parts(plan))
-    console.print(ARITHMETIC if plan.arithmetic else TRUST, style="dim")
+    console.print(TRUST_OF[plan.arithmetic], style="dim")
 
 
 def print_candidates(plans: list[Plan]) -> None:
@@ -47,8 +53,8 @@ def print_candidates(plans: list[Plan]) -> None:
         table.add_row(*_cells(plan))
     console = Console(highlight=False)
     console.print(table)
-    if any(plan.arithmetic for plan in plans):
-        console.print(ARITHMETIC, style="dim")
+    for kind in {plan.arithmetic for plan in plans if plan.arithmetic}:
+        console.print(TRUST_OF[kind], style="dim")
 
 
 def rank(plan: Plan) -> float:
@@ -73,7 +79,7 @@ def _rows(plan: Plan, num_steps: int) -> Iterator[tuple[str, str]]:
     if plan.time is None:
         return
     time, seconds = plan.time, plan.time.seconds
-    if not plan.arithmetic:
+    if "memory" not in plan.arithmetic:
         yield "compiled", f"in {plan.compile_seconds:.0f} s"
     yield (
         "time",

@@ -12,7 +12,7 @@ from l32jax.plan.analytic import Estimate, estimate
 from l32jax.plan.blocks import work_of
 from l32jax.plan.chips import Chip
 from l32jax.plan.footprint import memory_of
-from l32jax.plan.planning import Plan, mesh_of, mesh_text, plan_training
+from l32jax.plan.planning import Plan, mesh_of, mesh_text
 from l32jax.plan.topology import Topology
 from l32jax.run_config import TrainConfig
 
@@ -70,22 +70,24 @@ def compiled(
     number: int,
     topology: Topology,
     saying: Callable[[str], AbstractContextManager[None]],
+    plan: Callable[[TrainConfig, int, Topology], Plan],
 ) -> list[Plan]:
     """Plans of the first that compile and fit, and of those before them that are too large.
 
     Args:
       saying: shows a text while something goes on.
+      plan: how one is compiled.
     """
     plans: list[Plan] = []
     begin = time.monotonic()
     for one in choices[:MOST_TRIED]:
-        fitting = sum(plan.memory.fits for plan in plans)
+        fitting = sum(each.memory.fits for each in plans)
         if fitting == BEST:
             break
         each = (time.monotonic() - begin) / len(plans) if plans else 0.0
         left = f"about {each * (BEST - fitting) / 60:.0f} minutes left" if each else "minutes each"
         with saying(f"compiling {fitting + 1} of {BEST} for {topology}: {_told(one)}; {left}"):
-            plans.append(plan_training(one.config, number, topology))
+            plans.append(plan(one.config, number, topology))
     return plans
 
 
