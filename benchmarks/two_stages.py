@@ -40,7 +40,6 @@ from l32jax.evaluate import charts as charts_evaluation
 from l32jax.evaluate import easy_vqa as easy_vqa_evaluation
 from l32jax.evaluate.asking import replies
 from l32jax.run_config import TrainConfig
-from l32jax.sharding import make_mesh
 from l32jax.train.loop import stage_directory, train
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +139,7 @@ class Scores:
         return self._known[key]
 
     def _ask(self, step: Path, all_questions: bool) -> Iterator[tuple[str, float]]:
-        model = api.load(step, mesh=make_mesh(self._task.config.mesh))
+        model = api.load(step, mesh=api.mesh_of(self._task.config))
         for split, asked in self._task.splits.items():
             part = asked if all_questions else asked[:: -(-len(asked) // ON_THE_WAY)]
             pairs = [(each.text, each.image) for each in part]
@@ -150,7 +149,7 @@ class Scores:
 
 def run(task: Task) -> None:
     """Both arms, or what is left of them."""
-    mesh = make_mesh(task.config.mesh)
+    mesh = api.mesh_of(task.config)
     train(task.config, task.tokenizer, None, mesh)
     api.run(task.control)
 

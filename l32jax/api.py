@@ -137,14 +137,19 @@ def run(config: TrainConfig) -> Model:
         text model that it is built on.
       Interrupted: the run was asked to stop, and has saved.
     """
-    devices = jax.device_count()
-    mesh = make_mesh(config.mesh or mesh_for(config.model, jax.default_backend(), devices))
+    mesh = mesh_of(config)
     model = _beginning(config, mesh)
     tokenizer = model.require_tokenizer()
     params, model.params = model.params, None
     model.params = train(config, tokenizer, params, mesh)
     model.config = config.model_of(len(config.stages) - 1)
     return model
+
+
+def mesh_of(config: TrainConfig) -> Mesh:
+    """That of a run on the devices that are here."""
+    devices = jax.device_count()
+    return make_mesh(config.mesh or mesh_for(config.model, jax.default_backend(), devices))
 
 
 def _beginning(config: TrainConfig, mesh: Mesh) -> Model:

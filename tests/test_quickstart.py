@@ -20,7 +20,7 @@ def short(monkeypatch):
     """Two steps a stage, and a few test pictures."""
     stages = tuple(dataclasses.replace(stage, num_steps=2) for stage in quickstart.stages())
     monkeypatch.setattr(quickstart, "stages", lambda: stages)
-    monkeypatch.setattr(quickstart, "make_mesh", lambda _: single_device_mesh())
+    monkeypatch.setattr(quickstart, "make_mesh", lambda: single_device_mesh())
     test = [row for row in zip(*package.get_test_questions(), strict=True) if row[2] < 12]
     paths = package.get_test_image_paths()
     few = types.SimpleNamespace(
