@@ -150,8 +150,8 @@ def row_of(config: TrainConfig) -> dict[str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--save-every", type=int, default=20)
     chosen = parser.parse_args()
     main(chosen.folder, chosen.steps, chosen.kills, chosen.save_every)
