@@ -20,7 +20,7 @@ LONG_RING = 16  # chips of a 2D slice's side that closes to a ring
 class Topology(NamedTuple):
     """shape: chips along each dimension of one slice; of GPUs, (machines, GPUs of each).
 
-    devices: JAX's; of GPUs only their kinds, as nothing is compiled for them.
+    devices: JAX's; of GPUs only their kinds: `cuda.devices_of` has those to compile for.
     """
 
     chip: Chip
