@@ -25,8 +25,8 @@ def override(config: ConfigT, assignment: str) -> ConfigT:
         hint = did_you_mean(head, hints)
         raise InputError(f"{type(config).__name__} has no field {head!r}{hint}")
     old = getattr(config, head)
-    if rest and old is None:  # mesh.tensor=4
-        old = _plain(hints[head])()
+    if rest and old is None and _has_defaults(kind := _plain(hints[head])):
+        old = kind()  # mesh.tensor=4
     if not rest:
         value = _parse(text, hints[head], where=path)
     elif isinstance(old, tuple):  # stages.0.num_steps=10
@@ -138,6 +138,15 @@ def _plain(kind: Any) -> Any:
         return kind
     (plain,) = (part for part in typing.get_args(kind) if part is not type(None))
     return plain
+
+
+def _has_defaults(kind: Any) -> bool:
+    """Whether it is a config that can be made of nothing."""
+    missing = dataclasses.MISSING
+    return dataclasses.is_dataclass(kind) and not any(
+        field.default is missing and field.default_factory is missing
+        for field in dataclasses.fields(kind)
+    )
 
 
 def short(value: Any) -> str:

@@ -67,10 +67,11 @@ def find_ptxas() -> str | None:
 
 
 def tell_xla(environ: MutableMapping[str, str], *flags: str) -> None:
-    """Where the CUDA toolkit is; before JAX starts."""
-    found = find_ptxas()
+    """Where the CUDA toolkit is, once; before JAX starts."""
+    found, told = find_ptxas(), environ.get("XLA_FLAGS", "").split()
     toolkit = () if found is None else (f"--xla_gpu_cuda_data_dir={Path(found).parents[1]}",)
-    environ["XLA_FLAGS"] = " ".join([environ.get("XLA_FLAGS", ""), *toolkit, *flags]).strip()
+    new = [flag for flag in (*toolkit, *flags) if flag not in told]
+    environ["XLA_FLAGS"] = " ".join([*told, *new])
 
 
 def devices_of(card: Gpu, machines: int = 1, each: int = 1) -> list[Any]:

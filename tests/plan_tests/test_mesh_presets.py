@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from l32jax import recipes
 from l32jax.config import MeshConfig
 from l32jax.config_text import override
+from l32jax.errors import InputError
 from l32jax.plan.planning import mesh_of
 from l32jax.plan.search import ranked
 from l32jax.plan.topology import open_topology
@@ -77,3 +78,10 @@ def test_a_part_of_it_may_be_given():
     assert override(config, "mesh.tensor=4").mesh == MeshConfig(tensor=4)
     assert override(config, "mesh=fsdp=2,tensor=4").mesh == MeshConfig(fsdp=2, tensor=4)
     assert override(override(config, "mesh.tensor=4"), "mesh=None").mesh is None
+
+
+@pytest.mark.parametrize("field", ["vision.image_size", "vision.mlp_dim"])
+def test_a_part_of_what_has_no_defaults_is_refused(field):
+    """A text model's encoder has nothing to be changed."""
+    with pytest.raises(InputError, match="has no parts"):
+        override(run(LLAMA3_2_1B, 8), f"model.{field}=448")
