@@ -25,6 +25,7 @@ from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
 from l32jax.model.llama import abstract_params, init_params
 from l32jax.model.parameters import Params, combine, on_mesh, partition, trains
+from l32jax.objective_config import Teacher
 from l32jax.presets import PRESETS, mesh_for
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
@@ -141,9 +142,20 @@ def run(config: TrainConfig) -> Model:
     model = _beginning(config, mesh)
     tokenizer = model.require_tokenizer()
     params, model.params = model.params, None
-    model.params = train(config, tokenizer, params, mesh)
+    model.params = train(config, tokenizer, params, mesh, partial(_teacher, config, mesh))
     model.config = config.model_of(len(config.stages) - 1)
     return model
+
+
+def _teacher(config: TrainConfig, mesh: Mesh, teacher: Teacher) -> Params:
+    """Its parameters in the dtype of frozen ones."""
+    found = _find(teacher.start_from, config.tokenizer, teacher.model.compat)
+    if found.config != teacher.model:
+        raise InputError(
+            f"start_from {teacher.start_from!r} of a teacher: it is not the model that the config "
+            "says it is; give weights of that, or change the teacher's `model`"
+        )
+    return _params(found, mesh, jnp.dtype(config.params), config.seed)
 
 
 def mesh_of(config: TrainConfig) -> Mesh:

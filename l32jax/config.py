@@ -9,7 +9,7 @@ from l32jax.errors import InputError
 BlockKind = Literal["self", "cross"]
 Behaviour = Literal["meta", "hf"]
 MAX_PATTERN = 40  # all of 11B, were it irregular: two seconds to trace; 256 take two minutes
-Part = Literal["language_model", "vision_tower", "adapter"]
+Part = Literal["language_model", "vision_tower", "adapter", "reward_head"]
 
 
 def require_positive(config: object, *names: str) -> None:
@@ -150,10 +150,14 @@ class Compat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """What the weights are: a decoder, and for vision models the image encoder beside it."""
+    """What the weights are: a decoder, and for vision models the image encoder beside it.
+
+    reward_head: whether final states are read as rewards, too; of what a document is worth.
+    """
 
     decoder: DecoderConfig
     vision: VisionConfig | None = None
+    reward_head: bool = False
     compat: Compat = Compat()
 
     def __post_init__(self):

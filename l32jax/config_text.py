@@ -101,6 +101,8 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def decode(kind: Any, value: Any, where: str) -> Any:
     """`value`, made of JSON's types, as the annotated type `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, str) and value == _kind_of(kind) and _has_defaults(kind):
+        return kind()  # objective=dpo
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name in value.keys() - hints.keys():
@@ -113,7 +115,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return decode(_plain(kind), value, where)
+        return decode(_member(kind, value, where), value, where)
     if origin is Literal:
         if value in arguments:
             return value
@@ -133,11 +135,35 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
 
 def _plain(kind: Any) -> Any:
-    """The kind of an optional field that is set."""
+    """The kind of an optional field that is set; None if it may be one of several."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return kind
-    (plain,) = (part for part in typing.get_args(kind) if part is not type(None))
-    return plain
+    members = _members(kind)
+    return members[0] if len(members) == 1 else None
+
+
+def _members(kind: Any) -> list[Any]:
+    return [part for part in typing.get_args(kind) if part is not type(None)]
+
+
+def _member(kind: Any, value: Any, where: str) -> Any:
+    """Of the configs that a field may be, the one whose `kind` the value names."""
+    members = _members(kind)
+    if len(members) == 1:
+        return members[0]
+    by_name = {_kind_of(member): member for member in members}
+    name = value.get("kind") if isinstance(value, dict) else value
+    if name not in by_name:
+        raise InputError(
+            f"{where}={short(value)} must be one of {', '.join(map(repr, by_name))}, or have one "
+            "of these as its kind"
+        )
+    return by_name[name]
+
+
+def _kind_of(kind: Any) -> str | None:
+    """The name by which a config is told apart from others in its place."""
+    return getattr(kind, "kind", None) if dataclasses.is_dataclass(kind) else None
 
 
 def _has_defaults(kind: Any) -> bool:

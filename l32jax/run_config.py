@@ -5,6 +5,7 @@ from typing import Literal
 
 from l32jax.config import AttentionConfig, LlamaConfig, MeshConfig, Part, require_positive
 from l32jax.errors import InputError
+from l32jax.objective_config import NextToken, Objective, compares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class DataConfig:
     packing_rows: rows of a stream that are open at once, about; more leave less room unused.
     max_bad: share of the records that may be unusable; above it the run fails.
     workers: processes beside each that trains, which make its rows; 0 for a thread of its own.
+    max_pairs: comparisons of two answers that a row holds, of a stage that learns from them.
     features: a folder for what a frozen image encoder makes of each image, which is then computed
       once; it becomes large. None to encode images in every step.
     """
@@ -69,6 +71,7 @@ class DataConfig:
     packing_rows: int = 32
     max_bad: float = 0.01
     workers: int = 0
+    max_pairs: int = 0
     features: str | None = None
 
     def __post_init__(self):
@@ -122,6 +125,7 @@ class BadSteps:
 class StageConfig:
     """Part of a run: which parameters learn, from what, for how long.
 
+    objective: what is minimised; see `objective_config`.
     accumulate: microbatches whose gradients add up to a step's; they share its rows.
     z_loss: weight of the mean squared logarithm of the softmax's denominator.
     image_size: of tiles from this stage on; None leaves it as it is.
@@ -136,6 +140,7 @@ class StageConfig:
     trains: tuple[Part, ...]
     data: DataConfig
     optimizer: OptimizerConfig
+    objective: Objective = NextToken()
     accumulate: int = 1
     z_loss: float = 0.0
     image_size: int | None = None
@@ -156,6 +161,16 @@ class StageConfig:
             raise InputError(
                 f"features={self.data.features!r} of stage {self.name!r}: it trains vision_tower, "
                 "which changes them; leave one of the two out"
+            )
+        if compares(self.objective) and not self.data.max_pairs:
+            raise InputError(
+                f"max_pairs=0 of stage {self.name!r}: its objective {self.objective.kind!r} learns "
+                "from comparisons; say first how many a row holds"
+            )
+        if self.z_loss and not isinstance(self.objective, NextToken):
+            raise InputError(
+                f"z_loss={self.z_loss} of stage {self.name!r}: its objective is "
+                f"{self.objective.kind!r}, which has none; leave it out"
             )
         if self.z_loss < 0:
             raise InputError(f"z_loss={self.z_loss} of stage {self.name!r} must not be negative")

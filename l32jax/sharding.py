@@ -6,6 +6,8 @@
   g query heads that share a key/value head
   i image        c tile              p token of a tile l stacked layer group
   j image of all rows, one behind the other            r place in the residual stream
+  q comparison of answers                              w word among a teacher's likeliest
+  z document of a row
 
 The two tables below are the whole parallelism plan. A letter they lack is not sharded.
 """

@@ -133,6 +133,7 @@ def inspect(
         chosen.data,
         run.model_of(number),
         _tokenizer(run),
+        objective=chosen.objective,
         seed=run.seed + number,
         count=rows,
         title=f"{config}: stage {stage}, {chosen.name}",

@@ -68,7 +68,7 @@ def make_batches(
         "batch_size": batch_size,
         "packing": rows.packing,
         "open_rows": rows.open_rows,
-        "row": rows.shape.size,
+        "row": [*rows.shape.size[:3], *([pairs] if (pairs := rows.shape.size.pairs) else [])],
     }
     return Batches(open_from, mine, order, max_bad)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import grain
 import numpy as np
 
+from l32jax.data.beside import Beside
 from l32jax.data.images import choose_grid
 from l32jax.data.records import image_size
 from l32jax.data.rows import VisionShape
@@ -31,6 +32,7 @@ class Size(NamedTuple):
     text: int
     images: int
     tiles: int
+    pairs: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +41,16 @@ class RowShape:
 
     length: int
     vision: VisionShape | None = None
+    beside: Beside = Beside()
 
     @property
     def size(self) -> Size:
-        vision = self.vision
-        return Size(self.length, vision.max_images if vision else 0, vision.slots if vision else 0)
+        images, tiles = (self.vision.max_images, self.vision.slots) if self.vision else (0, 0)
+        return Size(self.length, images, tiles, self.beside.pairs)
 
     def size_of(self, sample: Sample) -> Size:
         text = sum(len(document.tokens) for document in sample.documents)
-        return Size(text, len(sample.images), sum(self.tiles_of(sample)))
+        return Size(text, len(sample.images), sum(self.tiles_of(sample)), len(sample.pairs))
 
     def tiles_of(self, sample: Sample) -> list[int]:
         """Tiles of each image."""
@@ -79,14 +82,25 @@ def fit(sample: Sample, shape: RowShape, rng: np.random.Generator) -> list[Sampl
 
     Raises:
       InputError: images that no row holds, or documents none of which fits.
+    Answers that are compared are neither cut nor left out.
     """
+    shape.beside.require_learnable(sample)
     if all(need <= have for need, have in zip(shape.size_of(sample), shape.size, strict=True)):
         return [sample]
+    if sample.pairs:
+        raise InputError(
+            f"comparison that takes {_told(shape.size_of(sample))}: a row holds "
+            f"{_told(shape.size)}; lengthen rows, or raise max_pairs"
+        )
     if len(sample.documents) > 1:
         return [_drawn(sample, shape, rng)]
     pieces = list(_pieces(sample, shape))
     learned = [piece for piece in pieces if any(piece.documents[0].weights[1:])]
     return learned if _is_learned_throughout(sample, shape) else learned[:1]
+
+
+def _told(size: Size) -> str:
+    return ", ".join(f"{number} of {name}" for name, number in size._asdict().items() if number)
 
 
 def _drawn(sample: Sample, shape: RowShape, rng: np.random.Generator) -> Sample:
@@ -131,7 +145,10 @@ def _pieces(sample: Sample, shape: RowShape) -> Iterator[Sample]:
     for begin, stop in zip(cuts, cuts[1:], strict=False):
         first, last = np.searchsorted(image_at, (begin, stop))
         piece = Document(
-            document.tokens[begin:stop], document.weights[begin:stop], tuple(range(last - first))
+            document.tokens[begin:stop],
+            document.weights[begin:stop],
+            tuple(range(last - first)),
+            {name: found[begin:stop] for name, found in document.beside.items()},
         )
         yield dataclasses.replace(sample, documents=(piece,), images=sample.images[first:last])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image as Pillow
 
 from l32jax.data.chat import Image, Message, encode_document, encode_for_training
 from l32jax.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, ImageSource
-from l32jax.data.samples import Sample
+from l32jax.data.samples import Document, Pair, Sample
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError, one_line
 
@@ -26,6 +27,8 @@ class Record:
     place: where it stands, for messages: "train.jsonl line 12", "shard-003.tar 000123".
     parts: plain text, an image and its caption, or text and images as they alternate.
     messages: turns of a conversation, each with any number of images.
+    answers: to the conversation, from the best to the worst, where they are to be compared.
+    scores: of these; of two with the same neither is better. Empty if the order is all there is.
 
     The `source` of an image is the encoded file as bytes, or a path on this machine.
     """
@@ -33,9 +36,12 @@ class Record:
     place: str
     parts: tuple[str | Image, ...] = ()
     messages: tuple[Message, ...] = ()
+    answers: tuple[Message, ...] = ()
+    scores: tuple[float, ...] = ()
 
     def __post_init__(self):
         assert bool(self.parts) != bool(self.messages), self.place
+        assert len(self.scores) in (0, len(self.answers)), self.place
 
     @property
     def images(self) -> list[Any]:
@@ -62,7 +68,8 @@ def to_sample(record: Record, tokenizer: Tokenizer, *, with_images: bool) -> Sam
     """What a model learns of a record.
 
     A document is learned as in pretraining: every word of it, and where it ends. Of a conversation
-    what the assistant says is learned. Of images the headers are looked at; they are decoded when
+    what the assistant says is learned; of answers to compare, each is a document over the same
+    images, in which the answer alone is. Of images the headers are looked at; they are decoded when
     their row is made, and what is wrong behind the header is an InputError then.
     """
     images = record.images
@@ -71,6 +78,8 @@ def to_sample(record: Record, tokenizer: Tokenizer, *, with_images: bool) -> Sam
     try:
         for image in images:
             image_size(image)
+        if record.answers:
+            return _comparison(record, tokenizer)
         if record.messages:
             tokens, weights = encode_for_training(tokenizer, record.messages)
         else:
@@ -79,6 +88,38 @@ def to_sample(record: Record, tokenizer: Tokenizer, *, with_images: bool) -> Sam
         return Bad(record.place, one_line(error))
     sample = Sample.single(tokens, weights, images)
     return dataclasses.replace(sample, place=record.place)
+
+
+def _comparison(record: Record, tokenizer: Tokenizer) -> Sample:
+    images = record.images
+    seen = tuple(range(len(images)))
+    special = np.array(sorted({*tokenizer.specials.values(), *tokenizer.stop_ids}))
+    documents = []
+    for answer in record.answers:
+        tokens, weights = encode_for_training(tokenizer, (*record.messages, answer))
+        is_format = np.isin(tokens, special).astype(np.float32)
+        documents.append(Document(tokens, _last_run(weights), seen, {"format": is_format}))
+    return Sample(tuple(documents), tuple(images), record.place, _pairs(record))
+
+
+def _pairs(record: Record) -> tuple[Pair, ...]:
+    """Each answer with every worse one."""
+    scores = record.scores
+    pairs = (
+        Pair(i, j, scores[i] - scores[j] if scores else 0.0)
+        for i, j in itertools.combinations(range(len(record.answers)), 2)
+    )
+    found = tuple(pair for pair in pairs if not scores or pair.margin > 0)
+    if not found:
+        raise InputError("answers to compare: none is better than another; leave the record out")
+    return found
+
+
+def _last_run(weights: Sequence[float]) -> list[float]:
+    """Of a dialog's weights, those of its last answer alone."""
+    end = max((i + 1 for i, weight in enumerate(weights) if weight), default=0)
+    begin = next((i for i in range(end, 0, -1) if not weights[i - 1]), 0)
+    return [weight if begin <= i < end else 0.0 for i, weight in enumerate(weights)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from l32jax.config import Behaviour, LlamaConfig, VisionConfig
+from l32jax.data.beside import Beside
 from l32jax.data.features import Features
 from l32jax.data.images import Grid, ImageSource, preprocess
 from l32jax.data.samples import Document, Sample
@@ -27,6 +28,7 @@ Batch = dict[str, np.ndarray]
 #   tile_index         image * c + tile for each slot of the vision axis: used tiles first
 #   features           instead of tiles: what a frozen encoder made of the tile of each slot
 #   vision_start, vision_stop  the keys [start, stop) on the vision axis that each token sees
+# and what `beside` says of comparisons, and of what other models say of targets.
 # A batch of prompts has no targets and weights, but the length of each prompt and the vision keys
 # of the tokens that will follow it. A text-only batch has no vision fields.
 FIELDS = {
@@ -45,6 +47,15 @@ FIELDS = {
     "length": "b",
     "next_vision_start": "b",
     "next_vision_stop": "b",
+    "document": "bt",
+    "pairs": "bq2",
+    "margin": "bq",
+    "format": "bt",
+    "reference": "bt",
+    "teacher_words": "btw",
+    "teacher_logs": "btw",
+    "advantage": "bt",
+    "old": "bt",
 }
 
 
@@ -94,12 +105,14 @@ def make_row(
     length: int,
     vision: VisionShape | None = None,
     features: Features | None = None,
+    beside: Beside = Beside(),  # noqa: B008  (frozen)
 ) -> Batch:
     """One row of a batch, without its `b` dimension; no vision fields if `vision` is None.
 
     An image token is never a target: the head has no row for it.
 
     features: where those of the images are, which are then not decoded.
+    beside: what else the row has; it has `document`, `pairs` and `margin` if answers are compared.
     """
     documents = [document for sample in samples for document in sample.documents]
     offsets = np.cumsum([0, *(len(document.tokens) for document in documents)])
@@ -118,7 +131,7 @@ def make_row(
     elif any(sample.images for sample in samples):
         raise InputError("images in a text-only row: the model or stage has no vision; drop them")
     row["targets"][row["weights"] == 0] = 0
-    return row
+    return row | beside.fields_of(samples, length)
 
 
 def make_prompt_batch(

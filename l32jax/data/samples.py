@@ -6,7 +6,8 @@ tiles.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,29 +20,41 @@ class Document:
     """Token ids, the loss weight of each as a target, and the images its image tokens stand for.
 
     `images` are consecutive indices into those of the sample: what a token sees is one interval.
+    `beside` has more that belongs to each token as a target, by the names of `rows.BESIDE`.
     """
 
     tokens: Sequence[int]
     weights: Sequence[int | float]
     images: tuple[int, ...] = ()
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):
-        assert len(self.tokens) == len(self.weights), (len(self.tokens), len(self.weights))
+        sizes = {len(self.tokens), len(self.weights), *map(len, self.beside.values())}
+        assert len(sizes) == 1, sizes
         first = self.images[0] if self.images else 0
         consecutive = tuple(range(first, first + len(self.images)))
         assert first >= 0 and self.images == consecutive, self.images
+
+
+class Pair(NamedTuple):
+    """Documents of a sample, by number, of which one is the better answer, and by how much."""
+
+    better: int
+    worse: int
+    margin: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Documents over shared images, which stay encoded until the row is made.
 
-    `place` is where it was read, for messages.
+    `place` is where it was read, for messages. Documents that are compared stay together.
     """
 
     documents: tuple[Document, ...]
     images: tuple[ImageSource, ...] = ()
     place: str = ""
+    pairs: tuple[Pair, ...] = ()
 
     def __post_init__(self):
         named = {image for document in self.documents for image in document.images}

@@ -19,8 +19,9 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from l32jax.data.beside_packed import LogKind, packed, unpacked
 from l32jax.data.records import Bad
-from l32jax.data.samples import Document, Sample
+from l32jax.data.samples import Document, Pair, Sample
 from l32jax.data.shard_file import Shard
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.data.vocabulary import IMAGE
@@ -34,19 +35,16 @@ MAX_SAMPLE_BYTES = 1 << 30
 DIGEST_BYTES = 8
 
 
-def encode_sample(sample: Sample) -> bytes:
-    """A sample, whose images are encoded files, as msgpack with a digest after it."""
+def encode_sample(sample: Sample, *, logs: LogKind = "float32") -> bytes:
+    """A sample, whose images are encoded files, as msgpack with a digest after it.
+
+    logs: in which a teacher's log-probabilities are kept.
+    """
     content = {
-        "documents": [
-            [
-                np.asarray(document.tokens, "<i4").tobytes(),
-                _encode_weights(document.weights),
-                list(document.images),
-            ]
-            for document in sample.documents
-        ],
+        "documents": [_encode_document(document, logs) for document in sample.documents],
         "images": [_encoded_file(image) for image in sample.images],
         "place": sample.place,
+        "pairs": [list(pair) for pair in sample.pairs],
     }
     packed = bytes(msgpack.packb(content) or b"")
     if len(packed) > MAX_SAMPLE_BYTES:
@@ -64,7 +62,8 @@ def decode_sample(data: bytes) -> Sample:
         content = msgpack.unpackb(data[:-DIGEST_BYTES])
         documents = tuple(_decode_document(*parts) for parts in content["documents"])
         images = tuple(map(_encoded_file, content["images"]))
-        return Sample(documents, images, str(content["place"]))
+        pairs = tuple(Pair(*pair) for pair in content.get("pairs", ()))
+        return Sample(documents, images, str(content["place"]), pairs)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001  (its digest is right, but who wrote it?)
@@ -188,10 +187,24 @@ def _encode_weights(weights: Sequence[int | float]) -> bytes:
     return array.astype("u1" if np.isin(array, (0, 1)).all() else "<f4").tobytes()
 
 
-def _decode_document(tokens: bytes, weights: bytes, images: list[int]) -> Document:
+def _encode_document(document: Document, logs: LogKind) -> list[Any]:
+    beside = packed(document, logs)
+    return [
+        np.asarray(document.tokens, "<i4").tobytes(),
+        _encode_weights(document.weights),
+        list(document.images),
+        *([beside] if beside else []),
+    ]
+
+
+def _decode_document(
+    tokens: bytes, weights: bytes, images: list[int], beside: dict[str, Any] | None = None
+) -> Document:
     ids = np.frombuffer(tokens, "<i4").tolist()
     kind = "u1" if len(weights) == len(ids) else "<f4"
-    return Document(ids, np.frombuffer(weights, kind).astype(float).tolist(), tuple(images))
+    weighed = np.frombuffer(weights, kind).astype(np.float32)
+    found = unpacked(beside or {}, weighed)
+    return Document(ids, weighed.astype(float).tolist(), tuple(images), found)
 
 
 def _encoded_file(image: Any) -> bytes:

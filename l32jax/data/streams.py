@@ -207,8 +207,14 @@ class _Made:
         return {"arrays": arrays, "used": len(samples), "bad": bad}
 
     def _row(self, samples: Sequence[Sample]) -> Batch:
-        length, vision = self.shape.length, self.shape.vision
-        return make_row(samples, length=length, vision=vision, features=self.features)
+        shape = self.shape
+        return make_row(
+            samples,
+            length=shape.length,
+            vision=shape.vision,
+            features=self.features,
+            beside=shape.beside,
+        )
 
     def _why_bad(self, sample: Sample) -> str | None:
         try:

@@ -160,6 +160,8 @@ class Decoder(nnx.Module):
         self.final_norm = RMSNorm(decoder.embed_dim, decoder.norm_eps)
         if not decoder.tied_embedding:
             self.head = Table("vd", table, scale, rngs=rngs)
+        if config.reward_head:
+            self.reward_head = Table("_d", (1, decoder.embed_dim), scale, rngs=rngs)
         self.config = config
 
     def embed(self, tokens: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
@@ -271,6 +273,17 @@ class Decoder(nnx.Module):
             table.astype(x.dtype),
             preferred_element_type=jnp.float32,
             out_sharding=activation_spec("btv"),
+        )
+
+    def rewards(self, x: Float[Array, "b t d"]) -> Float[Array, "b t"]:
+        """What the document up to each place is worth, in float32."""
+        weight = self.reward_head.weight[...].astype(x.dtype)
+        return jnp.einsum(
+            "btd,d->bt",
+            x,
+            weight[0],
+            preferred_element_type=jnp.float32,
+            out_sharding=activation_spec("bt"),
         )
 
 

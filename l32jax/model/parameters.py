@@ -27,7 +27,7 @@ def is_stacked(path: str) -> bool:
 
 
 def part_of(path: str, config: LlamaConfig) -> Part:
-    """Which of the three parts, that are frozen and trained as a whole, a parameter belongs to.
+    """Which of the parts, that are frozen and trained as a whole, a parameter belongs to.
 
     The adapter is what turns a language model into a vision model beside the image encoder:
     cross-attention blocks with their gates, the projector and the image token's embedding.
@@ -36,6 +36,8 @@ def part_of(path: str, config: LlamaConfig) -> Part:
         return "vision_tower"
     if path.startswith(("projector/", "decoder/image_embedding/")):
         return "adapter"
+    if path.startswith("decoder/reward_head/"):
+        return "reward_head"
     groups = "decoder/groups/blocks/"
     if path.startswith(groups):
         slot = int(path.removeprefix(groups).split("/", 1)[0])

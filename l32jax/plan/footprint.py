@@ -9,7 +9,7 @@ from l32jax.plan.blocks import Block, Work
 from l32jax.plan.chips import Chip
 from l32jax.plan.program import Memory
 from l32jax.run_config import StageConfig, TrainConfig
-from l32jax.train.objectives import MAX_LOGITS
+from l32jax.train.chunks import MAX_LOGITS
 
 LANES = 128
 HALF, WHOLE = 2, 4  # bytes of a number

@@ -61,9 +61,11 @@ def training_inputs(config: TrainConfig, number: int, mesh: Mesh) -> tuple[Shape
 
 def abstract_batch(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
     """What `data.batches.place` puts on the devices for a stage."""
-    data, model = config.stages[number].data, config.model_of(number)
-    shape = row_shape(data, model)
-    row: dict[str, Any] = dict(make_row([], length=shape.length, vision=shape.vision))
+    stage, model = config.stages[number], config.model_of(number)
+    data, shape = stage.data, row_shape(stage.data, model, stage.objective)
+    row: dict[str, Any] = dict(
+        make_row([], length=shape.length, vision=shape.vision, beside=shape.beside)
+    )
     if data.features is not None and shape.vision is not None:
         vision = shape.vision
         del row["tiles"]

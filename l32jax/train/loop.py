@@ -22,6 +22,7 @@ from l32jax.data.batches import Batches, place
 from l32jax.data.sources.mixture import open_batches
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params
+from l32jax.objective_config import Teacher
 from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.sharding import row_share
 from l32jax.train.accumulate import require_even_rows
@@ -42,6 +43,7 @@ from l32jax.train.step import (
     end_stage,
     init_state,
     stage_step,
+    teachers_of,
 )
 from l32jax.train.stopping import Interrupted, Stop
 from l32jax.train.watchdog import watchdog
@@ -57,18 +59,27 @@ class Beside(NamedTuple):
 
     Attributes:
       blamed: around what needs the other processes; see `peers`.
+      load: the parameters of a teacher, on the mesh.
     """
 
     clock: Clock
     stop: Stop
     blamed: Callable[[], AbstractContextManager[None]]
+    load: Callable[[Teacher], Params] | None
 
 
-def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh: Mesh) -> Params:
+def train(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    params: Params | None,
+    mesh: Mesh,
+    load: Callable[[Teacher], Params] | None = None,
+) -> Params:
     """Runs what is left of the run's stages and returns the final parameters.
 
     Args:
       params: what the first stage starts from; None for random ones. They are donated.
+      load: reads the parameters of a teacher, when its stage begins; for stages that have some.
     """
     for stage in config.stages:
         require_even_rows(stage, mesh.shape)
@@ -79,7 +90,7 @@ def train(config: TrainConfig, tokenizer: Tokenizer, params: Params | None, mesh
         at_work(config, writing=writing, stopped_by=Interrupted) as clock,
         watchdog(config, clock, restart, tell=peers and peers.end),
     ):
-        beside = Beside(clock, stop, peers.blamed if peers else nullcontext)
+        beside = Beside(clock, stop, peers.blamed if peers else nullcontext, load)
         for number in range(len(config.stages)):
             with jax.set_mesh(mesh):
                 state = run_stage(config, number, tokenizer, params, mesh, beside)
@@ -107,6 +118,7 @@ class _Stage(NamedTuple):
     tokenizer: Tokenizer
     batches: Batches
     store: Store
+    load: Callable[[Teacher], Params] | None
 
     @property
     def stage(self) -> StageConfig:
@@ -129,12 +141,13 @@ def run_stage(
         config.stages[number].data,
         config.model,
         tokenizer,
+        objective=config.stages[number].objective,
         seed=config.seed + number,
         process_index=share,
         process_count=shares,
     )
     with closing(batches), Store(stage_directory(config, number), keep=config.keep) as store:
-        at = _Stage(config, number, mesh, tokenizer, batches, store)
+        at = _Stage(config, number, mesh, tokenizer, batches, store, beside.load)
         if store.steps():
             beside.clock.switch("unproductive_checkpoint_restore_time")
         state = _init_or_restore(at, params)
@@ -149,6 +162,9 @@ def run_stage(
 def _finish(at: _Stage, state: TrainState, beside: Beside) -> TrainState:
     """What is left of a stage's steps; after a rollback, again what is left of them."""
     step = stage_step(at.config, at.number)
+    if teachers := teachers_of(at.stage):
+        assert at.load is not None
+        step = partial(step, taught_by=tuple(map(at.load, teachers)))
     judge = Judge(Path(at.config.directory), at.number, at.stage)
     if at.stage.bad_steps.then == "rollback" and not at.store.steps():
         _save(at, 0, state)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from l32jax.model.parameters import is_stacked
 
-TABLES = ("decoder/embedding/", "decoder/head/", "decoder/image_embedding/")
+TABLES = ("decoder/embedding/", "decoder/head/", "decoder/image_embedding/", "decoder/reward_head/")
 
 
 class MatrixDims(NamedTuple):

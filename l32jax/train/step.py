@@ -1,6 +1,6 @@
 """The training step, and nothing that it does not need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,27 +11,35 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
 from l32jax.config import LlamaConfig
-from l32jax.model.llama import Llama, bind, init_params
+from l32jax.model.llama import bind, init_params
 from l32jax.model.parameters import Params, combine, on_mesh, partition, path_name, trains
 from l32jax.model.resize import resize_positions
+from l32jax.objective_config import Distill, Dpo, Grpo, Reward, Teacher
 from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.train.accumulate import summed_gradients
 from l32jax.train.average import averaged, begin_average
 from l32jax.train.bad_steps import Guard, begin_guard, judged, kept_if
+from l32jax.train.distillation import distill
 from l32jax.train.inside import part_norms
 from l32jax.train.matrices import is_projection
 from l32jax.train.objectives import Batch, Metrics, next_token
 from l32jax.train.offload import DEVICE, HOST, abstract_in_host_memory, in_memory
 from l32jax.train.optimizer import make_optimizer
+from l32jax.train.policy import grpo
+from l32jax.train.preferences import dpo, reward
+from l32jax.train.reference import begin_reference, moved
 
-Objective = Callable[[Llama, Batch, Array], tuple[Array, Metrics]]
+# (model, batch, rng) -> (sum to minimise, sums). What it is held against comes by name: the
+# `reference` and the `teachers`, models too.
+Minimised = Callable[..., tuple[Array, Metrics]]
 
 
 class TrainState(NamedTuple):
     """Everything of a run that a step changes, or that later steps depend on.
 
-    `opt_state` and `average` have leaves for the parameters that train, and none for frozen ones;
-    `average` has none where the stage takes none. `guard` is what steps are judged by.
+    `opt_state`, `average` and `reference` have leaves for the parameters that train, and none for
+    frozen ones; the latter two have none where the stage takes none. `guard` is what steps are
+    judged by, `reference` the model that the objective holds against the one that trains.
     """
 
     step: Int[Array, ""]
@@ -40,6 +48,7 @@ class TrainState(NamedTuple):
     rng: UInt32[Array, "2"]  # raw key data: a checkpoint holds plain arrays
     average: Params | None = None
     guard: Guard | None = None
+    reference: Params | None = None
 
 
 def init_state(config: LlamaConfig, stage: StageConfig, seed: int, **options: Any) -> TrainState:
@@ -83,6 +92,7 @@ def begin_stage(
         rng,
         begin_average(stage, trainable),
         begin_guard(),
+        begin_reference(stage.objective, trainable, frozen_dtype),
     )
 
 
@@ -109,42 +119,62 @@ def end_stage(config: LlamaConfig, stage: StageConfig, state: TrainState) -> Tra
     return state._replace(params=combine(state.average, frozen))
 
 
-def stage_step(
-    config: TrainConfig, number: int
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
+Step = Callable[..., tuple[TrainState, Metrics]]
+
+
+def stage_step(config: TrainConfig, number: int) -> Step:
     """The step of a run's stage."""
     stage = config.stages[number]
-    objective = partial(
-        next_token,
-        z_loss=stage.z_loss,
-        dtype=jnp.dtype(config.dtype),
-        saved=config.saved,
-        attention=config.attention,
-    )
     matrix_dtype = jnp.dtype(config.dtype if config.params == "bfloat16" else "float32")
     return make_train_step(
         config.model_of(number),
         stage,
-        objective,
+        _minimised(config, stage),
         matrix_dtype=matrix_dtype,
         offload=config.offload == "optimizer",
+        teachers=teachers_of(stage),
     )
+
+
+def teachers_of(stage: StageConfig) -> tuple[Teacher, ...]:
+    """The models that a stage's steps are given, as parameters, beside its state."""
+    return stage.objective.teachers if isinstance(stage.objective, Distill) else ()
+
+
+def _minimised(config: TrainConfig, stage: StageConfig) -> Minimised:
+    options = {
+        "dtype": jnp.dtype(config.dtype),
+        "saved": config.saved,
+        "attention": config.attention,
+    }
+    match stage.objective:
+        case Distill() as how:
+            return partial(distill, how=how, **options)
+        case Dpo() as how:
+            return partial(dpo, how=how, **options)
+        case Reward() as how:
+            return partial(reward, how=how, **options)
+        case Grpo() as how:
+            return partial(grpo, how=how, **options)
+    return partial(next_token, z_loss=stage.z_loss, **options)
 
 
 def make_train_step(
     config: LlamaConfig,
     stage: StageConfig,
-    objective: Objective,
+    objective: Minimised,
     *,
     matrix_dtype: Any = jnp.float32,
     offload: bool = False,
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
-    """The jitted (state, batch, learning rate) -> (state, metrics) of a stage.
+    teachers: Sequence[Teacher] = (),
+) -> Step:
+    """The jitted (state, batch, learning rate, parameters of teachers) -> (state, metrics).
 
     Frozen parameters get no gradient and have no optimizer state. Metrics are means over the
     batch's targets, their "weight", and the norm of the gradients.
 
     Args:
+      objective: of the stage; it is given its reference and teachers by these names.
       matrix_dtype: in which the model sees the matrices that train.
       offload: as `begin_stage` was told.
     """
@@ -152,11 +182,19 @@ def make_train_step(
     optimizer = make_optimizer(stage.optimizer)
 
     @partial(jax.jit, donate_argnames="state")
-    def train_step(state: TrainState, batch: Batch, rate: Float[Array, ""]):
+    def train_step(
+        state: TrainState, batch: Batch, rate: Float[Array, ""], taught_by: Sequence[Params] = ()
+    ):
         trainable, frozen = partition(state.params, is_trainable)
+        beside: dict[str, Any] = {}
+        if state.reference is not None:
+            beside["reference"] = bind(config, combine(state.reference, frozen))
+        if teachers:
+            pairs = zip(teachers, taught_by, strict=True)
+            beside["teachers"] = [bind(teacher.model, params) for teacher, params in pairs]
 
         def loss_sum(trainable, rows, rng):
-            return objective(bind(config, combine(trainable, frozen)), rows, rng)
+            return objective(bind(config, combine(trainable, frozen)), rows, rng, **beside)
 
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         seen = _with_matrices_of(matrix_dtype, trainable)
@@ -168,20 +206,26 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, opt_before, trainable)
         updated = optax.apply_updates(trainable, optax.tree.scale(rate, updates))
         done = state.step + 1
-        learned = updated, opt_state, averaged(stage, state.average, updated, done)
+        learned = (
+            updated,
+            opt_state,
+            averaged(stage, state.average, updated, done),
+            moved(stage.objective, state.reference, updated, done),
+        )
         metrics |= {"weight": weight, "grad_norm": optax.tree.norm(grads)}
         metrics |= part_norms(grads, config)
         guard = state.guard or begin_guard()
         guard, bad = judged(stage.bad_steps, guard, metrics["loss"], metrics["grad_norm"])
         metrics |= {"bad": guard.in_a_row}
         if stage.bad_steps.then == "skip":
-            learned = kept_if(bad, (trainable, opt_before, state.average), learned)
+            before = trainable, opt_before, state.average, state.reference
+            learned = kept_if(bad, before, learned)
             metrics |= {"skipped": guard.skipped}
-        updated, opt_state, average = learned
+        updated, opt_state, average, reference = learned
         if offload:
             opt_state = in_memory(HOST, opt_state)
         params = combine(updated, frozen)
-        return TrainState(done, params, opt_state, state.rng, average, guard), metrics
+        return TrainState(done, params, opt_state, state.rng, average, guard, reference), metrics
 
     return train_step
 

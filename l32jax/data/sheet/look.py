@@ -11,8 +11,9 @@ from l32jax.data import batches
 from l32jax.data.records import too_many_bad
 from l32jax.data.rows import Batch
 from l32jax.data.sheet.rows import SeenRow, Sheet, see_row
-from l32jax.data.sources.mixture import open_batches
+from l32jax.data.sources.mixture import NEXT_TOKEN, open_batches
 from l32jax.data.tokenizer import Tokenizer
+from l32jax.objective_config import Objective
 from l32jax.run_config import DataConfig
 
 
@@ -21,6 +22,7 @@ def look(
     model: LlamaConfig,
     tokenizer: Tokenizer,
     *,
+    objective: Objective = NEXT_TOKEN,
     seed: int,
     count: int,
     title: str,
@@ -31,8 +33,15 @@ def look(
     records is put up with, to be looked at. Pictures are shown whether their features are used.
     """
     patient = dataclasses.replace(data, workers=0, max_bad=1.0, features=None)
-    place = {"process_index": 0, "process_count": data.batch_size}
-    opened = open_batches(patient, model, tokenizer, seed=seed, **place)
+    opened = open_batches(
+        patient,
+        model,
+        tokenizer,
+        objective=objective,
+        seed=seed,
+        process_index=0,
+        process_count=data.batch_size,
+    )
     with closing(opened), _told() as messages:
         rows = [_first(batch, tokenizer, model) for batch in islice(opened, count)]
         facts = _facts(data, model, rows, opened.used, opened.bad)

@@ -1,6 +1,9 @@
 """What kind of record it is shows in its fields; the first kind below whose fields it has.
 
 kind           fields                                                  places of its images
+comparison     chosen, rejected, perhaps margin; and messages or       as of a conversation
+               prompt (a text, or messages), unless the two have it
+               answers, from best to worst, perhaps scores; the same
 conversation   messages [{role, content}], perhaps images              in the content, see below
 LLaVA's        conversations [{from, value}], perhaps image or images  <image> marks
 in parts       parts [text or {image}]                                 where they stand
@@ -19,6 +22,7 @@ An image is a path beside the file, or {"bytes": …} or {"path": …} as Huggin
 A field that is null is not there.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,10 +35,11 @@ from l32jax.errors import InputError, one_line
 
 FIELDS = (
     "messages", "conversations", "parts", "texts", "images", "image", "question", "answer", "text",
-    "caption",
+    "caption", "prompt", "chosen", "rejected", "margin", "answers", "scores",
 )  # fmt: skip
 MARK = re.compile(r"\n?(?:<image>|<\|image\|>)\n?")
 ROLES = {"human": "user", "gpt": "assistant"}  # as LLaVA names them; others are called as here
+MAX_ANSWERS = 64  # to compare
 PLACE = Image()  # of an image that is yet to be put there
 
 Parts = tuple[str | Image, ...]
@@ -57,6 +62,8 @@ def make_record(fields: Any, place: str, find: Find) -> Record | Bad:
 
 
 def _record(fields: Mapping[str, Any], place: str, find: Find) -> Record:
+    if "chosen" in fields or "answers" in fields:
+        return _comparison(fields, place, find)
     if "messages" in fields or "conversations" in fields:
         return Record(place, messages=_conversation(fields, find))
     if "question" in fields and "answer" in fields:
@@ -97,12 +104,55 @@ def _interleaved(fields: Mapping[str, Any], find: Find) -> Iterable[str | Image]
             yield _image(image, find)
 
 
+def _comparison(fields: Mapping[str, Any], place: str, find: Find) -> Record:
+    if "chosen" in fields:
+        given = [fields["chosen"], _field(fields, "rejected")]
+        scores = [fields["margin"], 0.0] if "margin" in fields else []
+    else:
+        given = _list(fields["answers"], "answers")
+        scores = _list(fields.get("scores", []), "scores")
+    if not 2 <= len(given) <= MAX_ANSWERS or len(scores) not in (0, len(given)):
+        raise Unusable(f"it has {len(given)} answers and {len(scores)} scores to compare")
+    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise Unusable("a score is no number")
+    if sorted(scores, reverse=True) != scores:
+        raise Unusable("its answers are not in the order of their scores")
+    prompt = fields.get("messages", fields.get("prompt"))
+    if prompt is None:  # both dialogs begin with it
+        prompt = _list(given[0], "chosen")[:-1]
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    messages = _turns({**fields, "messages": prompt}, find)
+    if not messages:
+        raise Unusable("it has answers to nothing")
+    answers = tuple(Message("assistant", _answer(each, len(prompt))) for each in given)
+    return Record(place, messages=messages, answers=answers, scores=tuple(map(float, scores)))
+
+
+def _answer(given: Any, prompt: int) -> str:
+    """A text; or a dialog that ends with it, after the prompt's turns or none."""
+    if isinstance(given, list):
+        if len(given) not in (1, prompt + 1) or _field(given[-1], "role") != "assistant":
+            raise Unusable("an answer to compare is not one turn of the assistant")
+        given = _field(given[-1], "content")
+    if not _text(given).strip():
+        raise Unusable("an answer to compare is empty")
+    return given
+
+
 def _question(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
     asked = *_images(fields, find), _text(fields["question"])
     return _checked([("user", asked), ("assistant", (_text(fields["answer"]),))])
 
 
 def _conversation(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
+    messages = _turns(fields, find)
+    if "assistant" not in [message.role for message in messages]:
+        raise Unusable("the assistant says nothing in it")
+    return messages
+
+
+def _turns(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
     has_images = "images" in fields or "image" in fields
     turns = []
     if "messages" in fields:
@@ -121,8 +171,6 @@ def _checked(turns: list[tuple[str, Parts]]) -> tuple[Message, ...]:
     for role, content in turns:
         if not any(isinstance(part, Image) or part.strip() for part in content):
             raise Unusable(f"a turn of role {role!r} is empty")
-    if "assistant" not in [role for role, _ in turns]:
-        raise Unusable("the assistant says nothing in it")
     return tuple(Message(role, _plain(content)) for role, content in turns)
 
 

@@ -2,6 +2,7 @@
 
 from l32jax.config import LlamaConfig
 from l32jax.data.batches import Batches, make_batches
+from l32jax.data.beside import Beside
 from l32jax.data.features import Features
 from l32jax.data.packing import RowShape
 from l32jax.data.rows import VisionShape
@@ -9,11 +10,14 @@ from l32jax.data.samples import mirror
 from l32jax.data.sources.open import open_source
 from l32jax.data.streams import Rows
 from l32jax.data.tokenizer import Tokenizer
+from l32jax.objective_config import NextToken, Objective
 from l32jax.run_config import DataConfig
 
+NEXT_TOKEN = NextToken()
 
-def row_shape(data: DataConfig, model: LlamaConfig) -> RowShape:
-    """What a row of the stage holds."""
+
+def row_shape(data: DataConfig, model: LlamaConfig, objective: Objective = NEXT_TOKEN) -> RowShape:
+    """What a row of a stage holds."""
     vision = None
     if data.max_images:
         vision = VisionShape.of(
@@ -22,7 +26,8 @@ def row_shape(data: DataConfig, model: LlamaConfig) -> RowShape:
             max_tiles=data.max_tiles,
             slots=data.vision_tiles,
         )
-    return RowShape(length=data.length, vision=vision)
+    beside = Beside.of(objective, data.max_pairs)
+    return RowShape(length=data.length, vision=vision, beside=beside)
 
 
 def open_batches(
@@ -30,12 +35,13 @@ def open_batches(
     model: LlamaConfig,
     tokenizer: Tokenizer,
     *,
+    objective: Objective = NEXT_TOKEN,
     seed: int,
     process_index: int,
     process_count: int,
 ) -> Batches:
     """The endless shuffled batches of a training stage."""
-    shape = row_shape(data, model)
+    shape = row_shape(data, model, objective)
     rows = Rows(
         shape=shape,
         packing=data.packing,
