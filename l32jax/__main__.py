@@ -46,13 +46,16 @@ VERBS = {
         "data:prepare",
         "Makes a folder of shuffled samples, ready to be trained on, from files of records.",
     ),
+    "data score": Verb(
+        "score:score", "Writes sources with what models say of their tokens, to be learned from."
+    ),
     "data inspect": Verb(
         "data:inspect", "Shows rows of a stage as its training will see them, on one sheet."
     ),
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every byte of a checkpoint by its digests."),
 }
-COMPUTING = {"quickstart", "generate", "chat", "train"}
+COMPUTING = {"quickstart", "generate", "chat", "train", "score"}
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 

@@ -47,6 +47,9 @@ class Shard:
     def __reduce__(self):
         return Shard, (self.path,)
 
+    def __len__(self) -> int:
+        return int(self._reader.num_records())
+
     def read(self, number: int) -> bytes:
         """A record as it is now: that its bits are those once written, a checksum has to tell.
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from l32jax.model.llama import Batch, Llama, forward_batch
@@ -129,3 +130,35 @@ def _picked(logs: Float[Array, "b t v"], words: Int[Array, "b t w"]) -> Float[Ar
 
     run = jax.shard_map(pick, in_specs=(activation_spec("btv"), rows), out_specs=rows)
     return run(logs, words)
+
+
+class Left(NamedTuple):
+    """What teachers say of every place's target, to be learned from later.
+
+    Attributes:
+      reference: its log-probability, in nats, at temperature 1.
+      words, logs: the likeliest words in its place, and their log-probabilities.
+    """
+
+    reference: Float[Array, "b t"] | Float[np.ndarray, "b t"]
+    words: Int[Array, "b t w"] | Int[np.ndarray, "b t w"]
+    logs: Float[Array, "b t w"] | Float[np.ndarray, "b t w"]
+
+
+def leave(
+    teachers: Sequence[Llama], batch: Batch, *, how: Distill, top_k: int, **options: Any
+) -> Left:
+    """What the mixture of the teachers says, with `how.temperature` of `top_k` words."""
+    states = [forward_batch(each, batch, **options).states for each in teachers]
+    heads = [partial(each.decoder.logits, table=each.decoder.scoring_table()) for each in teachers]
+
+    def score(states: Sequence[Array], targets: Array) -> Left:
+        scores = [head(each) for head, each in zip(heads, states, strict=True)]
+        reference = -cross_entropy(_mixed(scores, how), targets)
+        logs = _mixed([each / how.temperature for each in scores], how)
+        whole = jax.sharding.reshard(logs, activation_spec("bt"))  # of all words in one place
+        logs, words = jax.lax.top_k(whole, top_k)
+        return Left(reference, words, logs)
+
+    num_words = teachers[0].decoder.config.decoder.vocab_size
+    return over_places(score, (states, batch["targets"]), num_words * len(teachers))

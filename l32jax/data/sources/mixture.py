@@ -1,16 +1,22 @@
 """The batches of a stage, from the names of its sources."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from l32jax.config import LlamaConfig
 from l32jax.data.batches import Batches, make_batches
 from l32jax.data.beside import Beside
 from l32jax.data.features import Features
 from l32jax.data.packing import RowShape
+from l32jax.data.records import Bad
 from l32jax.data.rows import VisionShape
-from l32jax.data.samples import mirror
-from l32jax.data.sources.open import open_source
+from l32jax.data.samples import Sample, mirror
+from l32jax.data.shards import read_index
+from l32jax.data.sources.open import is_prepared, open_source
 from l32jax.data.streams import Rows
 from l32jax.data.tokenizer import Tokenizer
-from l32jax.objective_config import NextToken, Objective
+from l32jax.errors import InputError
+from l32jax.objective_config import Distill, Dpo, NextToken, Objective
 from l32jax.run_config import DataConfig
 
 NEXT_TOKEN = NextToken()
@@ -28,6 +34,33 @@ def row_shape(data: DataConfig, model: LlamaConfig, objective: Objective = NEXT_
         )
     beside = Beside.of(objective, data.max_pairs)
     return RowShape(length=data.length, vision=vision, beside=beside)
+
+
+def open_sources(data: DataConfig, tokenizer: Tokenizer) -> list[Sequence[Sample | Bad]]:
+    """Those of a mixture, in order."""
+    seeing = bool(data.max_images)
+    return [open_source(name, tokenizer, with_images=seeing) for name, _ in data.mixture]
+
+
+def _require_targets(name: str, objective: Objective) -> None:
+    """InputError unless models have left in a source what is learned from it."""
+    if isinstance(objective, Distill) and objective.top_k:
+        wanted = {"top_k": objective.top_k, "temperature": objective.temperature}
+    elif isinstance(objective, Dpo) and objective.reference == "data":
+        wanted = {}
+    else:
+        return
+    found = read_index(Path(name)).get("targets") if is_prepared(name) else None
+    if found is None:
+        raise InputError(
+            f"source {name!r} in the mixture: no model has left anything in it; write it with "
+            "`l32jax data score`"
+        )
+    if wrong := {key: found.get(key) for key, value in wanted.items() if found.get(key) != value}:
+        raise InputError(
+            f"source {name!r} in the mixture: it was written with {wrong}, and the objective has "
+            f"{wanted}; change that, or write it again"
+        )
 
 
 def open_batches(
@@ -49,10 +82,11 @@ def open_batches(
         change=mirror if data.mirror_images else None,
         features=None if data.features is None else Features(data.features),
     )
-    names, weights = zip(*data.mixture, strict=True)
+    for name, _ in data.mixture:
+        _require_targets(name, objective)
     return make_batches(
-        [open_source(name, tokenizer, with_images=shape.vision is not None) for name in names],
-        weights,
+        open_sources(data, tokenizer),
+        [weight for _, weight in data.mixture],
         rows,
         batch_size=data.batch_size,
         seed=seed,
