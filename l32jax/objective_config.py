@@ -166,6 +166,14 @@ def keeps_reference(objective: Objective) -> bool:
     return isinstance(objective, Dpo) and objective.reference != "data"
 
 
+def models_beside(objective: Objective, policy: LlamaConfig) -> dict[str, tuple[LlamaConfig, ...]]:
+    """Whose forward passes a step has beside that of the model that trains, by what they are."""
+    teachers = objective.teachers if isinstance(objective, Distill) else ()
+    reference = (policy,) if keeps_reference(objective) else ()
+    found = {"teachers": tuple(each.model for each in teachers), "reference": reference}
+    return {name: models for name, models in found.items() if models}
+
+
 def compares(objective: Objective) -> bool:
     """Whether it learns from comparisons of answers."""
     return isinstance(objective, Dpo | Reward)

@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"errors", "config", "config_text", "objective_config", "run_config"},
     {"cluster"},
-    {"presets", "recipes"},
+    {"presets", "recipes", "post_training"},
     {"sharding"},
     {"kernels"},
     {"model"},
@@ -34,6 +34,7 @@ NARROW = {  # fewer than their floor would allow
     "objective_config": {"errors", "config"},
     "run_config": {"errors", "config", "objective_config"},
     "recipes": {"config", "objective_config", "run_config"},
+    "post_training": {"config", "objective_config", "run_config", "recipes"},
     "data": {
         "errors",
         "config",

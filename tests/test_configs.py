@@ -1,6 +1,7 @@
 """Every config in configs/: what it says, and that its steps can be traced at their full size."""
 
 import runpy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,46 +10,26 @@ import jax.numpy as jnp
 import pytest
 
 from l32jax.cli.runs import read_config
-from l32jax.config import LlamaConfig
-from l32jax.data.rows import FIELDS
-from l32jax.data.sources.mixture import row_shape
-from l32jax.run_config import StageConfig, TrainConfig
+from l32jax.plan.program import abstract_batch, abstract_teachers
+from l32jax.run_config import TrainConfig
 from l32jax.sharding import single_device_mesh
-from l32jax.train.objectives import next_token
-from l32jax.train.step import init_state, make_train_step
+from l32jax.train.step import init_state, stage_step
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
-def batch_like(stage: StageConfig, model: LlamaConfig, rows: int) -> dict:
-    """A batch of the stage as shapes, with so many rows."""
-    shape = row_shape(stage.data, model)
-    sizes = {"b": rows, "t": shape.length, "2": 2, "3": 3}
-    names = ["tokens", "targets", "weights", "positions", "start", "stop"]
-    if shape.vision is not None:
-        encoder = shape.vision.encoder
-        sizes |= {"i": shape.vision.max_images, "c": encoder.max_tiles, "m": shape.vision.slots}
-        sizes |= {"y": encoder.image_size, "x": encoder.image_size}
-        names += ["tiles", "aspect", "tile_index", "vision_start", "vision_stop"]
-    kinds = {"tiles": jnp.uint8, "weights": jnp.float32}
-    return {
-        name: jax.ShapeDtypeStruct(
-            tuple(sizes[dim] for dim in FIELDS[name]), kinds.get(name, jnp.int32)
-        )
-        for name in names
-    }
-
-
 def trace(config: TrainConfig, number: int) -> None:
     stage, model = config.stages[number], config.model_of(number)
-    options = {"dtype": jnp.dtype(config.dtype), "saved": config.saved}
-    step = make_train_step(model, stage, partial(next_token, **options))
-    with jax.set_mesh(single_device_mesh()):
+    step, mesh = stage_step(config, number), single_device_mesh()
+    one_row = replace(stage, data=replace(stage.data, batch_size=stage.accumulate))
+    stages = (*config.stages[:number], one_row)
+    batch = abstract_batch(replace(config, stages=stages), number, mesh)
+    with jax.set_mesh(mesh):
         frozen = jnp.dtype(config.params)
         init = partial(init_state, model, stage, 0, frozen_dtype=frozen)
         state = jax.eval_shape(init)
-        batch = batch_like(stage, model, rows=stage.accumulate)
-        after, metrics = jax.eval_shape(step, state, batch, jnp.float32(0))
+        taught_by = abstract_teachers(config, number, mesh)
+        after, metrics = jax.eval_shape(step, state, batch, jnp.float32(0), taught_by)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
         lambda a: (a.shape, a.dtype), state
     )
@@ -63,7 +44,8 @@ def test_every_stage_of_a_config_can_be_traced(path):
     for number, stage in enumerate(config.stages):
         data = stage.data
         shape = data.length, data.max_images, data.vision_tiles
-        different.setdefault((stage.trains, shape, config.model_of(number)), number)
+        seen = stage.trains, stage.objective, shape, config.model_of(number)
+        different.setdefault(seen, number)
     for number in different.values():
         trace(config, number)
 

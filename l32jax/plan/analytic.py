@@ -8,9 +8,10 @@ GPUs take is assumed.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from l32jax.objective_config import NextToken, models_beside
 from l32jax.plan.blocks import Block, Work, work_of
 from l32jax.plan.chips import Chip
 from l32jax.plan.exchanges import exchanges_of
@@ -78,24 +79,39 @@ def estimate(
       shape: topology of a slice; the most even one if it is not given.
     """
     work, rates = work_of(config, number, mesh), RATES[chip.platform]
-    stage = config.stages[number]
+    everything = [_OfStage(config, number), *_beside(config, number)]
     time = StepTime()
-    for block in work.blocks:
-        time.add(_block_time(block, chip, rates, config.saved))
-    time.add(_tables_time(work, chip, rates, config.saved))
-    time = _scaled(time, stage.accumulate)
-    memory = memory_of(config, number, chip, mesh, work)
+    for of_one in (work_of(*one, mesh) for one in everything):
+        for block in of_one.blocks:
+            time.add(_block_time(block, chip, rates, config.saved))
+        time.add(_tables_time(of_one, chip, rates, config.saved))
+    time = _scaled(time, config.stages[number].accumulate)
     time.other += _update_time(config, number, chip, mesh)
     network = Network(chip, mesh, shape, slices)
     hidden = 0.0
-    for exchange, one, hides in exchanges_of(config, number, network, work):
-        time.exchanges.setdefault(exchange, Sum()).add(one)
-        if rates.hides and hides:
-            hidden += one.seconds
-        else:
-            time.exposed += one.seconds
+    for one in everything:
+        for exchange, each, hides in exchanges_of(*one, network, work_of(*one, mesh)):
+            time.exchanges.setdefault(exchange, Sum()).add(each)
+            if rates.hides and hides:
+                hidden += each.seconds
+            else:
+                time.exposed += each.seconds
     time.exposed += max(0.0, hidden - time.matmul)
-    return Estimate(time, memory)
+    return Estimate(time, memory_of(config, number, chip, mesh, work))
+
+
+class _OfStage(NamedTuple):
+    config: TrainConfig
+    number: int
+
+
+def _beside(config: TrainConfig, number: int) -> Iterator[_OfStage]:
+    """Of each model that the objective has beside, a stage that goes forward alone."""
+    stage = config.stages[number]
+    forward = dataclasses.replace(stage, trains=(), objective=NextToken())
+    for models in models_beside(stage.objective, config.model_of(number)).values():
+        for model in models:
+            yield _OfStage(dataclasses.replace(config, model=model, stages=(forward,)), 0)
 
 
 def _update_time(config: TrainConfig, number: int, chip: Chip, mesh: Mapping[str, int]) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from l32jax.config import LlamaConfig, Part
+from l32jax.objective_config import keeps_reference, models_beside
 from l32jax.plan.blocks import Block, Work
 from l32jax.plan.chips import Chip
 from l32jax.plan.program import Memory
@@ -75,6 +76,15 @@ def _numbers(config: TrainConfig, number: int, mesh: Mapping[str, int], *, train
     return found / (mesh["fsdp"] * mesh["tensor"])
 
 
+def _beside(config: TrainConfig, number: int, mesh: Mapping[str, int]) -> float:
+    """Numbers of the models that the objective has beside: of a reference, what trains."""
+    objective = config.stages[number].objective
+    teachers = models_beside(objective, config.model).get("teachers", ())
+    numbers = sum(sum(weights_of(model).values()) for model in teachers)
+    reference = learned_by(config, number, mesh) if keeps_reference(objective) else 0.0
+    return numbers / (mesh["fsdp"] * mesh["tensor"]) + reference
+
+
 def moment_bytes(stage: StageConfig) -> int:
     """Of a parameter. Only AdamW keeps the second moments of all numbers."""
     first = HALF if stage.optimizer.momentum == "bfloat16" else WHOLE
@@ -87,7 +97,8 @@ def memory_of(
     """Bytes of one device, by parts."""
     stage = config.stages[number]
     learned, frozen = (_numbers(config, number, mesh, trains=trains) for trains in (True, False))
-    params = learned * WHOLE + frozen * (HALF if config.params == "bfloat16" else WHOLE)
+    kept = HALF if config.params == "bfloat16" else WHOLE
+    params = learned * WHOLE + (frozen + _beside(config, number, mesh)) * kept
     moments = 0 if config.offload == "optimizer" else moment_bytes(stage)
     optimizer = learned * (moments + (0 if stage.average == "none" else WHOLE))
     batch = _batch_bytes(config, number, mesh)

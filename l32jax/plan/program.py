@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from l32jax.data.rows import FIELDS, make_row
 from l32jax.data.sources.mixture import row_shape
 from l32jax.errors import InputError
+from l32jax.model.llama import abstract_params
+from l32jax.model.parameters import on_mesh
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import activation_spec
 from l32jax.train.accumulate import require_even_rows
-from l32jax.train.step import abstract_state, stage_step
+from l32jax.train.step import abstract_state, stage_step, teachers_of
 
 Shapes = Any  # of jax.ShapeDtypeStruct
 
@@ -79,21 +81,31 @@ def abstract_batch(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
     return {name: placed(name, array) for name, array in row.items()}
 
 
+def abstract_teachers(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
+    """The parameters that a stage's steps are given beside its state."""
+    dtype = jnp.dtype(config.params)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return tuple(
+            on_mesh(abstract_params(teacher.model, dtype), mesh)
+            for teacher in teachers_of(config.stages[number])
+        )
+
+
 def compile_training(config: TrainConfig, number: int, mesh: Mesh) -> Compiled:
     """The step of a stage, as `train.loop` runs it."""
     require_even_rows(config.stages[number], mesh.shape)
     with _dividing(mesh):
         state, batch = training_inputs(config, number, mesh)
-    step = stage_step(config, number)
+    step, teachers = stage_step(config, number), abstract_teachers(config, number, mesh)
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     sizes = Memory(
-        params=device_bytes(state.params),
+        params=device_bytes((state.params, state.reference, teachers)),
         optimizer=device_bytes((state.opt_state, state.average)),
         batch=device_bytes(batch),
         peak=0,
         fits=True,
     )
-    return compile_for(mesh, step, (state, batch, rate), sizes)
+    return compile_for(mesh, step, (state, batch, rate, teachers), sizes)
 
 
 def compile_for(

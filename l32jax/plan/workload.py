@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from l32jax.config import LlamaConfig, Part, VisionConfig
+from l32jax.config import LlamaConfig, VisionConfig
 from l32jax.data.rows import VisionShape
 from l32jax.data.sources.mixture import row_shape
 from l32jax.run_config import DataConfig, StageConfig
-from l32jax.train.flops import TOKEN_MULTIPLE, Counts, Flops, step_flops
+from l32jax.train.flops import TOKEN_MULTIPLE, Counts, Flops, flops_beside, step_flops
 
 
 def full_rows(data: DataConfig, model: LlamaConfig) -> Counts:
@@ -68,12 +68,17 @@ class PartFlops(NamedTuple):
 
 def flops_by_part(
     stage: StageConfig, model: LlamaConfig, counts: Counts
-) -> Mapping[Part, PartFlops]:
-    """Frozen parts have a backward pass too, where gradients flow through them."""
+) -> Mapping[str, PartFlops]:
+    """Frozen parts have a backward pass too, where gradients flow through them.
+
+    Models that the objective has beside are parts like others.
+    """
     whole, forward = (step_flops(model, trains, counts) for trains in (stage.trains, ()))
     if stage.data.features is not None:
         whole.pop("vision_tower", None)
-    return {
+    beside = flops_beside(stage.objective, model, counts)
+    others = {name: PartFlops(found, Flops(0, 0), False) for name, found in beside.items()}
+    return others | {
         part: PartFlops(
             forward[part],
             Flops(found.useful - forward[part].useful, found.done - forward[part].done),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from l32jax.config import LlamaConfig, Part, VisionConfig
+from l32jax.objective_config import Objective, models_beside
 
 TOKEN_MULTIPLE = 8  # `model.vision` pads the tokens of a tile to a multiple of this
 
@@ -122,6 +123,17 @@ def step_flops(model: LlamaConfig, trains: Iterable[Part], counts: Counts) -> di
         found["adapter"] = _adapter(model, trained, counts)
         found["vision_tower"] = _vision_tower(model.vision, trained, counts)
     return found
+
+
+def flops_beside(objective: Objective, model: LlamaConfig, counts: Counts) -> dict[str, Flops]:
+    """Of the forward passes of an objective's teachers, and of its reference."""
+    return {
+        name: sum(
+            (flops for other in others for flops in step_flops(other, (), counts).values()),
+            Flops(0, 0),
+        )
+        for name, others in models_beside(objective, model).items()
+    }
 
 
 def _product(size: int, times: Flops, *, weights: bool, inputs: bool) -> Flops:

@@ -7,7 +7,7 @@ import numpy as np
 
 from l32jax.config import LlamaConfig
 from l32jax.run_config import StageConfig
-from l32jax.train.flops import Counts, Flops, peak, step_flops
+from l32jax.train.flops import Counts, Flops, flops_beside, peak, step_flops
 
 RECENT = 200  # steps that percentiles are of
 
@@ -84,4 +84,5 @@ def stage_flops(model: LlamaConfig, stage: StageConfig, counts: Counts) -> Flops
     found = step_flops(model, stage.trains, counts)
     if stage.data.features is not None:
         found.pop("vision_tower", None)
-    return total(found.values())
+    beside = flops_beside(stage.objective, model, counts)
+    return total([*found.values(), *beside.values()])
