@@ -14,12 +14,9 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from jax.sharding import Mesh
+from typing import Any
 
 from l32jax.align.left_unit import Numbered, Scored, scored_samples, scorer, summary
-from l32jax.api import load
 from l32jax.checkpoint.engine import locks
 from l32jax.config import LlamaConfig
 from l32jax.config_text import to_json
@@ -43,7 +40,7 @@ from l32jax.errors import InputError
 from l32jax.generate.model import Model
 from l32jax.objective_config import Distill, Teacher
 from l32jax.run_config import DataConfig
-from l32jax.sharding import make_mesh, row_parts
+from l32jax.sharding import row_parts
 from l32jax.train.progress import told
 
 UNIT = 256  # records
@@ -58,7 +55,6 @@ class LeftConfig:
     top_k: how many of its likeliest words; 0 leaves the log-probabilities of the tokens alone.
     temperature: of the probabilities of these words.
     logs: in which they are kept.
-    dtype: of weights and computation; None for bfloat16, on CPU float32.
     part: (number from 0, of how many) of the units are done here.
     """
 
@@ -68,7 +64,6 @@ class LeftConfig:
     top_k: int = 64
     temperature: float = 1.0
     logs: LogKind = "bfloat16"
-    dtype: Literal["float32", "bfloat16"] | None = None
     part: tuple[int, int] = (0, 1)
 
     def __post_init__(self):
@@ -82,22 +77,16 @@ class LeftConfig:
             raise InputError(f"part {number} of {parts}: parts are counted from 0")
 
 
-def leave_targets(config: LeftConfig) -> dict[str, Any] | None:
+def leave_targets(config: LeftConfig, models: Sequence[Model]) -> dict[str, Any] | None:
     """Writes `config.output`; the content of its index, or None while other parts lack units.
 
-    Models are on all devices of this process, which share rows and parameters.
-
+    Args:
+      models: the config's teachers; they are on one mesh, whose devices share rows.
     Raises:
-      InputError: the output is of other models or sources, or more than a hundredth of the records
-        is unusable.
+      InputError: the output is of other models or sources, the models are of several families, or
+        more than a hundredth of the records is unusable.
     """
-    output, mesh = Path(config.output), make_mesh()
-    if config.data.batch_size % row_parts(mesh.shape):
-        raise InputError(
-            f"{config.data.batch_size} rows at a time: {row_parts(mesh.shape)} devices share them; "
-            "give a multiple"
-        )
-    tokenizer, models = _opened(config, mesh)
+    output, tokenizer = Path(config.output), _tokenizer(config, models)
     sources = open_sources(config.data, tokenizer)
     about = _about(config, tokenizer, [len(source) for source in sources])
     if (output / INDEX).exists():
@@ -117,9 +106,8 @@ def leave_targets(config: LeftConfig) -> dict[str, Any] | None:
     return _finish(output, folder, len(units), about)
 
 
-def _opened(config: LeftConfig, mesh: Mesh) -> tuple[Tokenizer, list[Model]]:
-    """The models, and the tokenizer that they have in common."""
-    models = [load(path, mesh=mesh, dtype=config.dtype) for path, _ in config.teachers]
+def _tokenizer(config: LeftConfig, models: Sequence[Model]) -> Tokenizer:
+    """That which the models have in common."""
     tokenizers = [model.require_tokenizer() for model in models]
     if len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) > 1:
         raise InputError(
@@ -128,7 +116,12 @@ def _opened(config: LeftConfig, mesh: Mesh) -> tuple[Tokenizer, list[Model]]:
         )
     if (words := models[0].config.decoder.vocab_size) < config.top_k:
         raise InputError(f"top_k={config.top_k}: the teachers know {words} words; give fewer")
-    return tokenizers[0], models
+    if config.data.batch_size % (devices := row_parts(models[0].mesh.shape)):
+        raise InputError(
+            f"{config.data.batch_size} rows at a time: {devices} devices share them; give a "
+            "multiple"
+        )
+    return tokenizers[0]
 
 
 def _row_shape(config: LeftConfig, model: LlamaConfig) -> RowShape:

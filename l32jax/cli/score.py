@@ -63,7 +63,9 @@ def score(
         raise InputError("data to score: give sources, the folder to make, and a --teacher")
 
     from l32jax.align.left_targets import LeftConfig, leave_targets
+    from l32jax.api import load
     from l32jax.run_config import DataConfig
+    from l32jax.sharding import make_mesh
 
     config = LeftConfig(
         data=DataConfig(
@@ -79,12 +81,13 @@ def score(
         top_k=top_k,
         temperature=temperature,
         logs=logs,
-        dtype=dtype,
         part=_part(part),
     )
+    mesh = make_mesh()
     try:
         with stoppable():
-            index = leave_targets(config)
+            models = [load(path, mesh=mesh, dtype=dtype) for path, _ in config.teachers]
+            index = leave_targets(config, models)
     except KeyboardInterrupt:
         print(
             "l32jax: stopped; what is done is kept, and the same command goes on", file=sys.stderr

@@ -94,7 +94,10 @@ class Batches(Iterator[Batch]):
 
     Attributes:
       used, bad: samples given out, and records skipped, by this process since the run began.
+      policy: the parameters of the model that learns from them, which these do not depend on.
     """
+
+    policy: Any = None
 
     def __init__(
         self,

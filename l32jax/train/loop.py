@@ -3,12 +3,12 @@
 import logging
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from l32jax.checkpoint.steps import Steps
 from l32jax.checkpoint.store import SaveError, Store
 from l32jax.config_text import changed_fields, to_json
 from l32jax.data.batches import Batches, place
+from l32jax.data.rows import Batch
 from l32jax.data.sources.mixture import open_batches
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.model.parameters import Params
@@ -60,12 +61,42 @@ class Beside(NamedTuple):
     Attributes:
       blamed: around what needs the other processes; see `peers`.
       load: the parameters of a teacher, on the mesh.
+      open_rows: what a stage is fed with.
     """
 
     clock: Clock
     stop: Stop
     blamed: Callable[[], AbstractContextManager[None]]
     load: Callable[[Teacher], Params] | None
+    open_rows: "OpenRows"
+
+
+class Fed(Protocol):
+    """What a stage is fed with: `Batches`, or what answers with the policy that is set."""
+
+    policy: Any
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> bytes: ...
+    def set_state(self, states: Sequence[bytes]) -> None: ...
+    def close(self) -> None: ...
+
+
+OpenRows = Callable[[TrainConfig, int, Tokenizer, Mesh], Fed]
+
+
+def rows_of_stage(config: TrainConfig, number: int, tokenizer: Tokenizer, mesh: Mesh) -> Batches:
+    """This process's share of the rows of a stage's sources."""
+    stage, (share, shares) = config.stages[number], row_share(mesh)
+    return open_batches(
+        stage.data,
+        config.model,
+        tokenizer,
+        objective=stage.objective,
+        seed=config.seed + number,
+        process_index=share,
+        process_count=shares,
+    )
 
 
 def train(
@@ -74,12 +105,14 @@ def train(
     params: Params | None,
     mesh: Mesh,
     load: Callable[[Teacher], Params] | None = None,
+    open_rows: OpenRows = rows_of_stage,
 ) -> Params:
     """Runs what is left of the run's stages and returns the final parameters.
 
     Args:
       params: what the first stage starts from; None for random ones. They are donated.
       load: reads the parameters of a teacher, when its stage begins; for stages that have some.
+      open_rows: what a stage, whose model the config has, is fed with.
     """
     for stage in config.stages:
         require_even_rows(stage, mesh.shape)
@@ -90,7 +123,7 @@ def train(
         at_work(config, writing=writing, stopped_by=Interrupted) as clock,
         watchdog(config, clock, restart, tell=peers and peers.end),
     ):
-        beside = Beside(clock, stop, peers.blamed if peers else nullcontext, load)
+        beside = Beside(clock, stop, peers.blamed if peers else nullcontext, load, open_rows)
         for number in range(len(config.stages)):
             with jax.set_mesh(mesh):
                 state = run_stage(config, number, tokenizer, params, mesh, beside)
@@ -116,7 +149,7 @@ class _Stage(NamedTuple):
     number: int
     mesh: Mesh
     tokenizer: Tokenizer
-    batches: Batches
+    batches: Fed
     store: Store
     load: Callable[[Teacher], Params] | None
 
@@ -136,16 +169,7 @@ def run_stage(
     """One stage from its newest checkpoint, or from `params`, to its last step."""
     beside.clock.switch("training_prep")
     config = replace(config, model=config.model_of(number))
-    share, shares = row_share(mesh)
-    batches = open_batches(
-        config.stages[number].data,
-        config.model,
-        tokenizer,
-        objective=config.stages[number].objective,
-        seed=config.seed + number,
-        process_index=share,
-        process_count=shares,
-    )
+    batches = beside.open_rows(config, number, tokenizer, mesh)
     with closing(batches), Store(stage_directory(config, number), keep=config.keep) as store:
         at = _Stage(config, number, mesh, tokenizer, batches, store, beside.load)
         if store.steps():
@@ -196,6 +220,7 @@ def _take_steps(
     for index in range(int(state.step), last):
         for _ in range(judge.left_out(index)):
             next(at.batches)
+        at.batches.policy = state.params
         with report.waiting():
             batch = next(at.batches)
         rate = learning_rate(at.stage.optimizer, last, index)

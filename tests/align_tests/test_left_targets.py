@@ -23,6 +23,7 @@ from l32jax.errors import InputError
 from l32jax.objective_config import Distill, Dpo
 from l32jax.presets import TINY_TEXT
 from l32jax.run_config import DataConfig
+from l32jax.sharding import make_mesh
 
 TEXTS = ["Gates open slowly.", "A tile is one.", "w" * 150, "Ten words or so are enough for it."]
 WORDS = TINY_TEXT.decoder.vocab_size
@@ -58,6 +59,11 @@ def config(source: Path, output: Path, **changes) -> LeftConfig:
     )
 
 
+def left(config: LeftConfig):
+    mesh = make_mesh()
+    return leave_targets(config, [load(path, mesh=mesh) for path, _ in config.teachers])
+
+
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64) - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -90,7 +96,7 @@ def assert_is_said(document: Document, logs: np.ndarray, tolerance: float) -> No
     ("logs", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05), ("int8", 0.05)]
 )
 def test_the_likeliest_words_are_those_of_the_model(folder, tmp_path, logs, tolerance):
-    index = leave_targets(config(folder / "texts.jsonl", tmp_path / "out", top_k=9, logs=logs))
+    index = left(config(folder / "texts.jsonl", tmp_path / "out", top_k=9, logs=logs))
     samples = samples_of(tmp_path / "out")
     assert len(samples) == 7  # the long one is in three pieces
     for sample in samples:
@@ -104,7 +110,7 @@ def test_models_as_a_mixture_with_a_temperature(folder, tmp_path):
 
     other = load("tiny-text", seed=5)
     save(other, tmp_path / "other")
-    leave_targets(
+    left(
         config(
             folder / "texts.jsonl",
             tmp_path / "out",
@@ -123,7 +129,7 @@ def test_models_as_a_mixture_with_a_temperature(folder, tmp_path):
 
 
 def test_images_are_seen_and_come_back(folder, tmp_path):
-    leave_targets(
+    left(
         config(
             folder / "seen.jsonl", tmp_path / "out", top_k=4, max_images=2,
             teachers=(("tiny-vision", 1.0),),
@@ -137,7 +143,7 @@ def test_images_are_seen_and_come_back(folder, tmp_path):
 
 
 def test_comparisons_stay_together_and_bring_the_reference(folder, tmp_path):
-    leave_targets(config(folder / "pairs.jsonl", tmp_path / "out", top_k=0, max_pairs=2))
+    left(config(folder / "pairs.jsonl", tmp_path / "out", top_k=0, max_pairs=2))
     for sample in samples_of(tmp_path / "out"):
         assert [tuple(pair) for pair in sample.pairs] == [(0, 1, 2.0)]
         for document in sample.documents:
@@ -156,7 +162,7 @@ def batch_of(output: Path, objective, **data):
 
 
 def test_in_packed_rows_they_stand_beside_their_tokens(folder, tmp_path):
-    leave_targets(config(folder / "texts.jsonl", tmp_path / "out", top_k=WORDS))
+    left(config(folder / "texts.jsonl", tmp_path / "out", top_k=WORDS))
     batch, batches = batch_of(tmp_path / "out", Distill(top_k=WORDS))
     batches.close()
     assert len(np.unique(batch["start"][0])) > 2  # several documents
@@ -175,9 +181,9 @@ def test_parts_and_a_kill_between_units_make_the_same(folder, tmp_path, monkeypa
     monkeypatch.setattr(left_targets, "UNIT", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     made = config(folder / "texts.jsonl", whole, top_k=3)
-    leave_targets(made)
+    left(made)
     of_parts = dataclasses.replace(made, output=str(parts))
-    assert leave_targets(dataclasses.replace(of_parts, part=(1, 2))) is None
+    assert left(dataclasses.replace(of_parts, part=(1, 2))) is None
     write, count = left_targets._write, []
 
     def killed(*args):
@@ -187,10 +193,10 @@ def test_parts_and_a_kill_between_units_make_the_same(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(left_targets, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
-        leave_targets(dataclasses.replace(of_parts, part=(0, 2)))
+        left(dataclasses.replace(of_parts, part=(0, 2)))
     assert not (parts / INDEX).exists()
     monkeypatch.setattr(left_targets, "_write", write)
-    leave_targets(dataclasses.replace(of_parts, part=(0, 2)))
+    left(dataclasses.replace(of_parts, part=(0, 2)))
     files = {path.name for path in whole.iterdir()}
     assert {path.name for path in parts.iterdir()} == files and len(files) == 4
     for name in files:
@@ -206,7 +212,7 @@ def test_parts_and_a_kill_between_units_make_the_same(folder, tmp_path, monkeypa
     ],
 )
 def test_what_was_left_must_be_what_is_learned_from(folder, tmp_path, objective, data, why):
-    leave_targets(config(folder / "texts.jsonl", tmp_path / "out", top_k=3))
+    left(config(folder / "texts.jsonl", tmp_path / "out", top_k=3))
     with pytest.raises(InputError, match=why):
         batch_of(tmp_path / "out", objective, **data)
     with pytest.raises(InputError, match="no model has left anything"):
