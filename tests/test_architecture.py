@@ -21,7 +21,7 @@ FLOORS = [
     {"checkpoint", "data"},
     {"generate", "train"},
     {"api"},
-    {"conversion", "evaluate", "plan"},
+    {"align", "conversion", "evaluate", "plan"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

@@ -25,7 +25,9 @@ class Record:
 
     place: where it stands, for messages: "train.jsonl line 12", "shard-003.tar 000123".
     parts: plain text, an image and its caption, or text and images as they alternate.
-    messages: turns of a conversation, each with any number of images.
+    messages: turns of a conversation, each with any number of images; of a mere prompt the
+      assistant has none.
+    check: how answers to it can be verified, as verifiers of `align` read it.
 
     The `source` of an image is the encoded file as bytes, or a path on this machine.
     """
@@ -33,6 +35,7 @@ class Record:
     place: str
     parts: tuple[str | Image, ...] = ()
     messages: tuple[Message, ...] = ()
+    check: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         assert bool(self.parts) != bool(self.messages), self.place
@@ -68,6 +71,8 @@ def to_sample(record: Record, tokenizer: Tokenizer, *, with_images: bool) -> Sam
     images = record.images
     if images and not with_images:
         return Bad(record.place, "it has images; set max_images in the data")
+    if record.messages and all(message.role != "assistant" for message in record.messages):
+        return Bad(record.place, "the assistant says nothing in it")
     try:
         for image in images:
             image_size(image)
