@@ -33,6 +33,10 @@ VERBS = {
     "generate": Verb("ask:generate", "Answers one prompt, word by word as the words come."),
     "chat": Verb("ask:chat", "Talks with a model, turn by turn."),
     "train": Verb("runs:train", "Trains what a config file describes, or goes on with it."),
+    "sample": Verb(
+        "sample:sample",
+        "Draws many answers to each prompt, and keeps the best as data to tune with.",
+    ),
     "plan": Verb(
         "plan:plan",
         "Plans a run for a machine that is not here: does it fit, and how fast does it go?",
@@ -55,7 +59,7 @@ VERBS = {
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every byte of a checkpoint by its digests."),
 }
-COMPUTING = {"quickstart", "generate", "chat", "train", "score"}
+COMPUTING = {"quickstart", "generate", "chat", "train", "score", "sample"}
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     {"generate", "train"},
     {"align"},
     {"api"},
-    {"conversion", "evaluate", "plan"},
+    {"align", "conversion", "evaluate", "plan"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

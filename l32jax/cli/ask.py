@@ -11,6 +11,8 @@ from l32jax.config import SamplingConfig
 from l32jax.errors import InputError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from l32jax.api import Model
 
 Files = Annotated[
@@ -36,10 +38,12 @@ class Source:
     dtype: Literal["float32", "bfloat16"] | None = None
     compat: Literal["meta", "hf"] = "meta"
 
-    def load(self) -> "Model":
+    def load(self, mesh: "Mesh | None" = None) -> "Model":
+        """On one device, or a mesh of several."""
         from l32jax import api
 
-        return api.load(self.model, dtype=self.dtype, compat=self.compat, tokenizer=self.tokenizer)
+        how = {"dtype": self.dtype, "compat": self.compat, "tokenizer": self.tokenizer}
+        return api.load(self.model, mesh=mesh, **how)
 
 
 def generate(

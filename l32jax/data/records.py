@@ -26,9 +26,11 @@ class Record:
 
     place: where it stands, for messages: "train.jsonl line 12", "shard-003.tar 000123".
     parts: plain text, an image and its caption, or text and images as they alternate.
-    messages: turns of a conversation, each with any number of images.
+    messages: turns of a conversation, each with any number of images; of a mere prompt the
+      assistant has none.
     answers: to the conversation, from the best to the worst, where they are to be compared.
     scores: of these; of two with the same neither is better. Empty if the order is all there is.
+    check: how answers to it can be verified, as verifiers of `align` read it.
 
     The `source` of an image is the encoded file as bytes, or a path on this machine.
     """
@@ -38,6 +40,7 @@ class Record:
     messages: tuple[Message, ...] = ()
     answers: tuple[Message, ...] = ()
     scores: tuple[float, ...] = ()
+    check: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         assert bool(self.parts) != bool(self.messages), self.place
@@ -75,6 +78,8 @@ def to_sample(record: Record, tokenizer: Tokenizer, *, with_images: bool) -> Sam
     images = record.images
     if images and not with_images:
         return Bad(record.place, "it has images; set max_images in the data")
+    if record.messages and not record.answers and not _answers_itself(record.messages):
+        return Bad(record.place, "the assistant says nothing in it")
     try:
         for image in images:
             image_size(image)
@@ -88,6 +93,10 @@ def to_sample(record: Record, tokenizer: Tokenizer, *, with_images: bool) -> Sam
         return Bad(record.place, one_line(error))
     sample = Sample.single(tokens, weights, images)
     return dataclasses.replace(sample, place=record.place)
+
+
+def _answers_itself(messages: Sequence[Message]) -> bool:
+    return any(message.role == "assistant" for message in messages)
 
 
 def _comparison(record: Record, tokenizer: Tokenizer) -> Sample:

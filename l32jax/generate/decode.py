@@ -46,7 +46,7 @@ class Draw(NamedTuple):
         return cls(temperature, jnp.int32(config.top_k), top_p, min_p)
 
 
-@partial(jax.jit, static_argnames=("config", "cache_length", "greedy"))
+@partial(jax.jit, static_argnames=("config", "cache_length", "greedy", "copies"))
 def prefill(
     config: LlamaConfig,
     params: Params,
@@ -57,8 +57,13 @@ def prefill(
     *,
     cache_length: int,
     greedy: bool,
+    copies: int = 1,
 ) -> Progress:
-    """Reads right-padded prompts of `length` tokens into a new cache and draws the first tokens."""
+    """Reads right-padded prompts of `length` tokens into a new cache and draws the first tokens.
+
+    Every prompt is read once and answered in `copies` rows, one below the other; `keys` has a key
+    for each of these.
+    """
     model = bind(config, params)
     dtype = model.decoder.embedding.weight[...].dtype
     vision_length = 0
@@ -76,9 +81,24 @@ def prefill(
     assert cache is not None
     states = jax.sharding.reshard(states, activation_spec("b"))
     last = jnp.take_along_axis(states, (length - 1)[:, None, None], axis=1)
-    token, keys = _choose(model.decoder.logits(last)[:, 0], keys, draw, greedy)
+    scores = repeat_rows(model.decoder.logits(last)[:, 0], copies, "b_")
+    token, keys = _choose(scores, keys, draw, greedy)
+    cache = jax.tree.map(lambda array: repeat_rows(array, copies, "lbksh"), cache)
+    length = repeat_rows(length, copies)
     # not zeros, which would be sharded otherwise than what `decode` returns, and compile it twice
     return Progress(token, length, length < 0, keys, cache)
+
+
+def repeat_rows(array: Array, copies: int, dims: str = "b") -> Array:
+    """Each row, along the `b` of dims, `copies` times; rows stay on their devices."""
+    if copies == 1:
+        return array
+    axis = dims.index("b")
+    before, rows, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+    array = jnp.expand_dims(array, axis + 1)
+    array = jnp.broadcast_to(array, (*before, rows, copies, *after))
+    array = array.reshape(*before, rows * copies, *after)
+    return jax.sharding.reshard(array, activation_spec(dims))  # of a single row jax forgets it
 
 
 @partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames="progress")
@@ -137,31 +157,37 @@ def generate(
     *,
     stop_ids: tuple[int, ...],
     pad_id: int,
+    keys: Key[Array, "b"] | None = None,
+    copies: int = 1,
 ) -> Iterator[Int[np.ndarray, "b"]]:
     """Yields a token for each row, step by step, until every row has stopped; pads follow a stop.
 
     Args:
       batch: prompts padded on the right (`data.rows.make_prompt_batch`), on the devices.
+      keys: what each row draws with; by default it follows from the seed and the row's number.
+      copies: rows that answer each prompt, one below the other.
     """
     batch = dict(batch)
     length = batch.pop("length")
+    rows = length.shape[0] * copies
     seen = None
     if "next_vision_start" in batch:
         bounds = (batch.pop(f"next_vision_{end}") for end in ("start", "stop"))
-        seen = Interval(*(bound[:, None] for bound in bounds))
+        seen = Interval(*(repeat_rows(bound, copies)[:, None] for bound in bounds))
     draw, greedy = Draw.of(sampling), sampling.temperature == 0
     progress = prefill(
         config,
         params,
         batch,
         length,
-        _row_keys(sampling.seed, length),
+        _row_keys(sampling.seed, rows) if keys is None else keys,
         draw,
         cache_length=bucket(batch["tokens"].shape[1] + sampling.max_new_tokens),
         greedy=greedy,
+        copies=copies,
     )
     stops, pad = jnp.asarray(stop_ids or (-1,), jnp.int32), jnp.int32(pad_id)
-    finished = np.zeros(length.shape, bool)
+    finished = np.zeros(rows, bool)
     for remaining in reversed(range(sampling.max_new_tokens)):
         token = progress.token
         if remaining:  # the device works on the next token while the host looks at this one
@@ -174,5 +200,5 @@ def generate(
             return
 
 
-def _row_keys(seed: int, length: Int[Array, "b"]) -> Key[Array, "b"]:
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(length)))
+def _row_keys(seed: int, rows: int) -> Key[Array, "b"]:
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from l32jax.config import LlamaConfig, SamplingConfig
 from l32jax.data.batches import place
@@ -108,10 +109,20 @@ class Model:
         return tokens, list(images)
 
     def generate_tokens(
-        self, prompts: Sequence[tuple[Sequence[int], Sequence[Any]]], **sampling: Any
+        self,
+        prompts: Sequence[tuple[Sequence[int], Sequence[Any]]],
+        *,
+        keys: Key[Array, "b"] | None = None,
+        copies: int = 1,
+        **sampling: Any,
     ) -> list[list[int]]:
-        """The new tokens after each of (tokens, images), stop token included."""
-        steps = np.stack(list(self._steps(prompts, sampling)), axis=1)
+        """The new tokens after each of (tokens, images), stop token included.
+
+        Args:
+          keys: what each answer is drawn with, in place of the seed.
+          copies: answers to each prompt, which is read once; they follow one another.
+        """
+        steps = np.stack(list(self._steps(prompts, sampling, keys, copies)), axis=1)
         return [_until_stop(row, self._stop_ids()) for row in steps.tolist()]
 
     def cross_attention(
@@ -125,7 +136,13 @@ class Model:
             weights = _cross_attention(self.config, self.params, place(batch, self.mesh))
             return np.asarray(weights)[:, 0]
 
-    def _steps(self, prompts, sampling: dict[str, Any]) -> Iterator[np.ndarray]:
+    def _steps(
+        self,
+        prompts: Sequence[tuple[Sequence[int], Sequence[Any]]],
+        sampling: dict[str, Any],
+        keys: Key[Array, "b"] | None = None,
+        copies: int = 1,
+    ) -> Iterator[np.ndarray]:
         options = SamplingConfig(**sampling)
         require_valid(options)
         longest = max(len(tokens) for tokens, _ in prompts)
@@ -135,6 +152,9 @@ class Model:
                 f"context is {self.config.decoder.max_context}; shorten one of them"
             )
         batch, rows = self._prompts(prompts, True)
+        if keys is not None:  # rows that fill up the mesh are copies of the last
+            of_row = np.minimum(np.arange(len(batch["tokens"])), rows - 1)
+            keys = keys.reshape(rows, copies)[of_row].reshape(-1)
         with jax.set_mesh(self.mesh):
             for tokens in generate(
                 self.config,
@@ -143,8 +163,10 @@ class Model:
                 options,
                 stop_ids=self._stop_ids(),
                 pad_id=0,
+                keys=keys,
+                copies=copies,
             ):
-                yield tokens[:rows]
+                yield tokens[: rows * copies]
 
     def _prompts(self, prompts, bucketed: bool) -> tuple[Batch, int]:
         """A batch that the mesh can divide, and how many of its rows are real."""

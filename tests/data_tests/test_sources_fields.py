@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l32jax.data.chat import Image, Message
-from l32jax.data.records import Bad, Record
+from l32jax.data.records import Bad, Record, to_sample
 from l32jax.data.sources import fields
 from l32jax.data.sources.fields import make_record
+from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 
 ONE, TWO = Image(Path("folder/1.png")), Image(b"2")
@@ -107,8 +108,8 @@ BAD = [
     ({"image": "1.png", "conversations": [{"from": "human", "value": "?"}, GPT]}, "0 places for 1"),
     ({"conversations": [{"from": "human", "value": "<image>"}, GPT]}, "1 places for 0"),
     ({"conversations": [{"from": "gpt"}]}, "lacks 'value'"),
-    ({"messages": []}, "the assistant says nothing"),
-    ({"messages": [USER]}, "the assistant says nothing"),
+    ({"messages": []}, "no turns"),
+    ({"text": "a", "check": "a"}, "'check' is not an object"),
     ({"messages": [USER, SAID | {"content": " "}]}, "'assistant' is empty"),
     ({"messages": [USER, {"role": "assistant"}]}, "lacks 'content'"),
     ({"messages": [USER | {"role": "nobody"}, SAID]}, "no such role"),
@@ -126,6 +127,19 @@ def test_documents_are_known_by_their_fields(given, parts):
 @pytest.mark.parametrize(("given", "messages"), DIALOGS)
 def test_conversations_are_known_by_their_fields(given, messages):
     assert make_record(given, "here", find) == Record("here", messages=messages)
+
+
+def test_a_check_is_kept_as_it_is_with_whatever_it_belongs_to():
+    check = {"tests": "assert f(1) == 2", "calls": [{"f": {"a": [1]}}]}
+    record = make_record({"question": "?", "answer": "red", "check": check}, "here", find)
+    assert record == Record("here", messages=asked("?"), check=check)
+
+
+def test_a_prompt_without_an_answer_is_a_record_of_which_nothing_can_be_learned():
+    record = make_record({"messages": [USER]}, "here", find)
+    assert record == Record("here", messages=(Message("user", "?"),))
+    sample = to_sample(record, Tokenizer.bytes_only(), with_images=True)
+    assert sample == Bad("here", "the assistant says nothing in it")
 
 
 @pytest.mark.parametrize(("given", "why"), BAD)

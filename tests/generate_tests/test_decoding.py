@@ -199,7 +199,7 @@ def run_prefill(config, params, batch, length, cache_length, *, greedy=True):
         params,
         batch,
         length,
-        generation._row_keys(0, length),
+        generation._row_keys(0, len(length)),
         generation.Draw.of(SamplingConfig()),
         cache_length=cache_length,
         greedy=greedy,
@@ -307,6 +307,28 @@ def test_the_same_seed_draws_the_same_tokens(model):
     drawn = model.generate_tokens(PROMPTS, seed=1, **how)
     assert drawn == model.generate_tokens(PROMPTS, seed=1, **how)
     assert drawn != model.generate_tokens(PROMPTS, seed=2, **how)
+
+
+def test_rows_that_share_a_prompt_are_as_if_each_had_read_it(model):
+    keys = jax.vmap(jax.random.key)(np.arange(12))
+    how = {"max_new_tokens": 6, "temperature": 1.5, "keys": keys}
+    apart = model.generate_tokens([prompt for prompt in PROMPTS for _ in range(3)], **how)
+    assert model.generate_tokens(PROMPTS, copies=3, **how) == apart
+    assert len(set(map(tuple, apart))) == len(apart)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=8)])
+def test_rows_that_share_a_prompt_stay_on_their_devices(mesh):
+    """Three prompts: the mesh fills up with copies of the last, and they draw as it does."""
+    keys = jax.vmap(jax.random.key)(np.arange(6))
+    prompts = [(words(9, 4), []), (words(8, 9), []), (words(7, 2), [])]
+
+    def ask(mesh):
+        model = Model(golden.TEXT, random_params(golden.TEXT, mesh), None, mesh)
+        how = {"max_new_tokens": 6, "temperature": 1.5, "keys": keys}
+        return model.generate_tokens(prompts, copies=2, **how)
+
+    assert ask(make_mesh(mesh)) == ask(single_device_mesh())
 
 
 def test_sampling_settings_compile_nothing_new(model):

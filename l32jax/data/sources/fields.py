@@ -19,9 +19,10 @@ The content of a message is text, or a list of texts, {"image": …}, {"type": "
 There must be as many places as images.
 
 An image is a path beside the file, or {"bytes": …} or {"path": …} as Hugging Face writes them.
-A field that is null is not there.
+A field that is null is not there. `check`, an object, is kept as it is, for verifiers of answers.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +36,7 @@ from l32jax.errors import InputError, one_line
 
 FIELDS = (
     "messages", "conversations", "parts", "texts", "images", "image", "question", "answer", "text",
-    "caption", "prompt", "chosen", "rejected", "margin", "answers", "scores",
+    "caption", "prompt", "chosen", "rejected", "margin", "answers", "scores", "check",
 )  # fmt: skip
 MARK = re.compile(r"\n?(?:<image>|<\|image\|>)\n?")
 ROLES = {"human": "user", "gpt": "assistant"}  # as LLaVA names them; others are called as here
@@ -56,7 +57,9 @@ def make_record(fields: Any, place: str, find: Find) -> Record | Bad:
     try:
         if not isinstance(fields, Mapping):
             raise Unusable("it is not an object with fields")
-        return _record({k: v for k, v in fields.items() if v is not None}, place, find)
+        given = {k: v for k, v in fields.items() if v is not None}
+        record = _record(given, place, find)
+        return dataclasses.replace(record, check=_check(given)) if "check" in given else record
     except (Unusable, InputError) as error:
         return Bad(place, one_line(error))
 
@@ -72,6 +75,12 @@ def _record(fields: Mapping[str, Any], place: str, find: Find) -> Record:
     if not any(isinstance(part, str) and part.strip() for part in parts):
         raise Unusable("it has no text")
     return Record(place, parts=parts)
+
+
+def _check(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(fields["check"], Mapping):
+        raise Unusable("'check' is not an object")
+    return dict(fields["check"])
 
 
 def _document(fields: Mapping[str, Any], find: Find) -> Parts:
@@ -168,6 +177,8 @@ def _turns(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
 
 
 def _checked(turns: list[tuple[str, Parts]]) -> tuple[Message, ...]:
+    if not turns:
+        raise Unusable("it has no turns")
     for role, content in turns:
         if not any(isinstance(part, Image) or part.strip() for part in content):
             raise Unusable(f"a turn of role {role!r} is empty")
