@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from l32jax.align.own_answers import OwnAnswers
 from l32jax.checkpoint.engine.folders import is_remote
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.slices import load as load_slices
@@ -25,11 +26,11 @@ from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
 from l32jax.model.llama import abstract_params, init_params
 from l32jax.model.parameters import Params, combine, on_mesh, partition, trains
-from l32jax.objective_config import Teacher
+from l32jax.objective_config import Grpo, Teacher
 from l32jax.presets import PRESETS, mesh_for
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
-from l32jax.train.loop import stage_directory, train
+from l32jax.train.loop import Fed, rows_of_stage, stage_directory, train
 
 META = Compat()
 
@@ -142,9 +143,16 @@ def run(config: TrainConfig) -> Model:
     model = _beginning(config, mesh)
     tokenizer = model.require_tokenizer()
     params, model.params = model.params, None
-    model.params = train(config, tokenizer, params, mesh, partial(_teacher, config, mesh))
+    load_teacher = partial(_teacher, config, mesh)
+    model.params = train(config, tokenizer, params, mesh, load_teacher, _open_rows)
     model.config = config.model_of(len(config.stages) - 1)
     return model
+
+
+def _open_rows(config: TrainConfig, number: int, tokenizer: Tokenizer, mesh: Mesh) -> Fed:
+    if isinstance(config.stages[number].objective, Grpo):
+        return OwnAnswers(config, number, tokenizer, mesh)
+    return rows_of_stage(config, number, tokenizer, mesh)
 
 
 def _teacher(config: TrainConfig, mesh: Mesh, teacher: Teacher) -> Params:

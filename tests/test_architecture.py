@@ -22,7 +22,7 @@ FLOORS = [
     {"generate", "train"},
     {"align"},
     {"api"},
-    {"align", "conversion", "evaluate", "plan"},
+    {"conversion", "evaluate", "plan"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

@@ -11,7 +11,7 @@ import numpy as np
 
 from l32jax.data.batches import own_rows, place
 from l32jax.data.images import ImageSource, load_image
-from l32jax.data.packing import RowShape, Size, fit
+from l32jax.data.packing import RowShape, fit, in_order
 from l32jax.data.records import Bad, too_many_bad
 from l32jax.data.rows import make_row, stack
 from l32jax.data.samples import Document, Sample
@@ -64,7 +64,7 @@ def scored_samples(
             f"{len(bad)} of {len(records)} records are unusable, such as {bad[0].place} "
             f"({bad[0].why}); mend them"
         )
-    laid = _laid_out(pieces, shape)
+    laid = in_order(pieces, shape)
     parts = (
         _scored(laid[first : first + rows], shape, rows, score)
         for first in range(0, len(laid), rows)
@@ -112,20 +112,6 @@ def _pieces(records: Sequence[Numbered], shape: RowShape) -> tuple[list[Sample],
             sample = Bad(sample.place, str(error))
         bad.append(sample)
     return pieces, bad
-
-
-def _laid_out(pieces: Sequence[Sample], shape: RowShape) -> list[list[Sample]]:
-    """Each in the row of the one before it, or in a new one where that is full."""
-    rows: list[list[Sample]] = []
-    left = Size(0, 0, 0)
-    for piece in pieces:
-        need = shape.size_of(piece)
-        if not rows or any(n > room for n, room in zip(need, left, strict=True)):
-            rows.append([])
-            left = shape.size
-        rows[-1].append(piece)
-        left = Size(*(room - n for n, room in zip(need, left, strict=True)))
-    return rows
 
 
 def _with_targets(document: Document, left: Left, row: int, offset: int) -> Document:

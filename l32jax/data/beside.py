@@ -24,6 +24,7 @@ DTYPES = {
     "teacher_words": np.int32,
     "teacher_logs": np.float32,
     "advantage": np.float32,
+    "reward": np.float32,
     "old": np.float32,
 }
 Fields = dict[str, np.ndarray]
@@ -49,7 +50,7 @@ class Beside:
             case Distill(top_k=int(words)) if words:
                 return cls(targets=(("teacher_words", (words,)), ("teacher_logs", (words,))))
             case Grpo():
-                return cls(targets=(("advantage", ()), ("old", ())))
+                return cls(targets=(("advantage", ()), ("reward", ()), ("old", ())))
             case NextToken() | Distill():
                 return cls()
 

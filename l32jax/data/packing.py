@@ -6,7 +6,7 @@ row is made.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -165,6 +165,20 @@ def _cuts(end: int, image_at: Sequence[int], tiles: Sequence[int], holds: Size) 
             yield begin
         used_images += 1
         used_tiles += needed
+
+
+def in_order(pieces: Iterable[Sample], shape: RowShape) -> list[list[Sample]]:
+    """Each in the row of the one before it, or in a new one where that is full."""
+    rows: list[list[Sample]] = []
+    left = Size(0, 0, 0)
+    for piece in pieces:
+        need = shape.size_of(piece)
+        if not rows or any(n > room for n, room in zip(need, left, strict=True)):
+            rows.append([])
+            left = shape.size
+        rows[-1].append(piece)
+        left = Size(*(room - n for n, room in zip(need, left, strict=True)))
+    return rows
 
 
 def pack(

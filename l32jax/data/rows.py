@@ -55,6 +55,7 @@ FIELDS = {
     "teacher_words": "btw",
     "teacher_logs": "btw",
     "advantage": "bt",
+    "reward": "bt",
     "old": "bt",
 }
 

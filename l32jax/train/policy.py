@@ -21,27 +21,29 @@ def grpo(
     reference: Llama | None = None,
     **options: Any,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The clipped policy gradient of answers with an "advantage" [b t] at each of their tokens.
+    """The clipped policy gradient of answers, as `align.own_answers` gives them.
 
-    Weights are such that those of an answer sum to 1: means over tokens, then over answers.
+    At each of their tokens are an "advantage" [b t], its log-probability "old" when it was drawn,
+    and the mean "reward" of all answers then. Weights are such that those of an answer sum to 1:
+    means over tokens, then over answers.
 
     Args:
       reference: where `how.kl` is above 0.
       options: those of `llama.forward`: dtype, saved, attention.
     Returns:
       The sum to minimise, and the sums "loss", "accuracy" (tokens whose probability moved the
-      right way), "ratio", "clipped", with a reference "kl", and "weight", the number of answers.
+      right way), "reward", "ratio", "clipped", with a reference "kl", and "weight", the number of
+      answers.
     """
     del rng  # nothing is drawn
     weights, advantage = batch["weights"], batch["advantage"]
     policy = log_probabilities(model, batch, **options)
-    # Without "old" the policy is the one that answered.
-    old = batch["old"] if "old" in batch else jax.lax.stop_gradient(policy)
-    ratio = jnp.exp(policy - old)
+    ratio = jnp.exp(policy - batch["old"])
     kept = jnp.clip(ratio, 1 - how.clip, 1 + how.clip)
     found = {
         "loss": -jnp.minimum(ratio * advantage, kept * advantage),
         "accuracy": ((ratio - 1) * advantage > 0).astype(jnp.float32),
+        "reward": batch["reward"],
         "ratio": ratio,
         "clipped": (ratio * advantage > kept * advantage).astype(jnp.float32),
     }

@@ -131,7 +131,7 @@ def _comparison(fields: Mapping[str, Any], place: str, find: Find) -> Record:
         prompt = _list(given[0], "chosen")[:-1]
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    messages = _turns({**fields, "messages": prompt}, find)
+    messages = _conversation({**fields, "messages": prompt}, find)
     if not messages:
         raise Unusable("it has answers to nothing")
     answers = tuple(Message("assistant", _answer(each, len(prompt))) for each in given)
@@ -155,13 +155,6 @@ def _question(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
 
 
 def _conversation(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
-    messages = _turns(fields, find)
-    if "assistant" not in [message.role for message in messages]:
-        raise Unusable("the assistant says nothing in it")
-    return messages
-
-
-def _turns(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
     has_images = "images" in fields or "image" in fields
     turns = []
     if "messages" in fields:

@@ -1,6 +1,7 @@
 """Sources by name: what a stage's mixture, or a data set in preparation, is made of.
 
 easy-vqa/NAME, charts/NAME   sets that come with the package: see `easy_vqa` here, `charts.source`
+arithmetic/NAME              the same: see `arithmetic`
 PATH.jsonl                   JSON lines
 PATH.parquet                 Parquet
 PATH.tar                     WebDataset's
@@ -18,6 +19,8 @@ from pathlib import Path
 from l32jax.data.files import File, find_files, is_remote
 from l32jax.data.records import Bad, Record, SamplesOf
 from l32jax.data.samples import Sample
+from l32jax.data.sources.arithmetic import PREFIX as ARITHMETIC
+from l32jax.data.sources.arithmetic import Arithmetic
 from l32jax.data.sources.array_record import ArrayRecords
 from l32jax.data.sources.arrow import STATE, ArrowRows, saved_files
 from l32jax.data.sources.chained import Chained, Part
@@ -61,6 +64,8 @@ def open_source(
 
 def open_records(name: str) -> Sequence[Record | Bad]:
     """The records of files. They are looked up, and indexed, now; and read when asked for."""
+    if name.startswith(ARITHMETIC):
+        return Chained([Arithmetic(name.removeprefix(ARITHMETIC))])
     files = find_files(name)
     by_name = {file.name: file for file in files}
     if STATE in by_name:

@@ -1,0 +1,62 @@
+"""Sums to be done, whose answers can be verified: a small task that needs no file.
+
+"What is 47 + 85?" is answered with the steps that lead there, "7 + 5 = 12, 4 + 8 + 1 = 13, 132": a
+digit at a time, as it is done on paper. A tenth of the sums is the test.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from l32jax.data.chat import Message
+from l32jax.data.records import Record
+from l32jax.errors import InputError
+
+Split = Literal["train", "test"]
+PREFIX = "arithmetic/"
+LARGEST = 99
+
+
+class Arithmetic:
+    """The sums of two numbers of a split, in an order that looks random; a `Part`."""
+
+    def __init__(self, split: str):
+        if split not in get_args(Split):
+            raise InputError(
+                f"source {PREFIX + split!r} in the mixture: there is none; use {PREFIX}train or "
+                f"{PREFIX}test"
+            )
+        self._sums = sorted(_sums(split), key=_mark)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def read(self, number: int) -> Record:
+        first, second = self._sums[number]
+        messages = (
+            Message("user", f"What is {first} + {second}?"),
+            Message("assistant", worked(first, second)),
+        )
+        return Record(f"{PREFIX}{first}+{second}", messages=messages)
+
+
+def worked(first: int, second: int) -> str:
+    """The sum with the steps that lead there."""
+    steps, carried = [], 0
+    for place in range(len(str(max(first, second)))):
+        digits = [number // 10**place % 10 for number in (first, second)]
+        digits += [carried] * (carried > 0)
+        steps.append(f"{' + '.join(map(str, digits))} = {sum(digits)}")
+        carried = sum(digits) // 10
+    return f"{', '.join(steps)}, {first + second}"
+
+
+def _sums(split: str) -> Iterator[tuple[int, int]]:
+    for first in range(LARGEST + 1):
+        for second in range(LARGEST + 1):
+            if (_mark((first, second))[0] < 26) == (split == "test"):
+                yield first, second
+
+
+def _mark(numbers: tuple[int, int]) -> bytes:
+    return hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
