@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from l32jax.align.answer_log import AnswerLog
 from l32jax.align.choosing import Scored
-from l32jax.align.output import Report, write
-from l32jax.align.prompts import Prompt, prompt_of
+from l32jax.align.output import Report, appearing, write
+from l32jax.align.prompts import Prompt, Wanted, prompt_of
 from l32jax.align.sampling import Answer
 from l32jax.align.verifiers import Verifier, unverifiable, verdict
 from l32jax.checkpoint.engine.locks import take
@@ -26,14 +26,13 @@ from l32jax.data.sources.open import open_records
 from l32jax.errors import InputError, one_line
 
 WINDOW = 1024  # prompts in memory, among which those of one length are looked for
-ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
+ANSWERS, SETTINGS, LOCK = "answers.jsonl", "settings.json", "lock"
 
-# A prompt, and the numbers of its answers that are missing.
-Wanted = tuple[Prompt, frozenset[int]]
 # Rewards of answers to a dialog with these images; higher is better.
 Judge = Callable[[Sequence[Message], Sequence[ImageSource], Sequence[str]], list[float]]
 
 
+@runtime_checkable
 class Answerer(Protocol):
     """Who answers: `sampling.Engine` or `endpoint.Endpoint`."""
 
@@ -46,6 +45,7 @@ class Answerer(Protocol):
         ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     def begin(self, what: str, total: int) -> None: ...
     def advance(self, amount: int) -> None: ...
@@ -85,17 +85,23 @@ def sample(
       InputError: nothing in the source can be asked, or the folder is of other settings.
     """
     records = open_records(source)
+    _refuse_others(folder)
     with take(folder, f"answers in {folder}"):
         _keep_settings(folder / SETTINGS, settings)
         with closing(AnswerLog(folder / ANSWERS)) as log:
             return _Run(records, folder, answerer, number, scoring, log, progress).run(settings)
 
 
+def _refuse_others(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names - {LOCK} and SETTINGS not in names:
+        raise InputError(f"answers in {folder}: it holds something else; give another folder")
+
+
 def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        with appearing(path.parent, path.name) as (file,):
+            file.write(json.dumps(settings, indent=2) + "\n")
     before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(settings)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):

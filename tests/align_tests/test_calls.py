@@ -82,9 +82,15 @@ def test_the_name_of_a_variable_may_stand_where_it_is_allowed():
 
 
 VALUES = st.recursive(
-    st.integers(-99, 99) | st.booleans() | st.none() | st.floats(-9, 9) | st.text("abc", min_size=1),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text("xyz", min_size=1, max_size=3), inner, max_size=3),
+    st.integers(-99, 99)
+    | st.booleans()
+    | st.none()
+    | st.floats(-9, 9)
+    | st.text("abc", min_size=1),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text("xyz", min_size=1, max_size=3), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 CALLS = st.builds(
