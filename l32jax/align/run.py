@@ -94,7 +94,7 @@ def sample(
 
 def _refuse_others(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names - {LOCK} and SETTINGS not in names:
+    if names - {LOCK, f"{SETTINGS}.unfinished"} and SETTINGS not in names:
         raise InputError(f"answers in {folder}: it holds something else; give another folder")
 
 
@@ -102,13 +102,23 @@ def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         with appearing(path.parent, path.name) as (file,):
             file.write(json.dumps(settings, indent=2) + "\n")
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(settings)
+    before, now = _flat(_read_settings(path)), _flat(settings)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise InputError(
                 f"answers in {path.parent}: they were drawn with {name}={before.get(name)!r}, not "
                 f"{now.get(name)!r}; give the same again, or another folder"
             )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"settings in {path}: they are damaged; give another folder")
+    return found
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,9 +151,9 @@ class _Run:
                         made += self._keep(answered, bad, threads)
         report.seconds = round(time.monotonic() - begun, 3)
         report.tokens_per_second = round(made / report.seconds, 1) if made else None
-        if not asked:
+        if not any(map(self.log.numbers, asked)):
             why = f": {bad[0].place}: {bad[0].why}" if bad else ""
-            raise InputError(f"prompts in the source: none of them can be asked{why}; give others")
+            raise InputError(f"prompts in the source: none of them is answered{why}; give others")
         report.bad = len(bad)
         provenance = {**settings, "l32jax": version("l32jax")}
         write(self.folder, self._answered(asked), bad, provenance=provenance, report=report)
@@ -213,14 +223,15 @@ class _Run:
         return scored if self.scoring.judge is None else _judged(self.scoring.judge, prompt, scored)
 
     def _answered(self, asked: Mapping[str, int]) -> Iterator[tuple[Prompt, list[Scored]]]:
-        """Prompts in the order of the source."""
+        """Prompts that have answers, in the order of the source."""
         self.progress.begin("prompts written", len(asked))
         for key, index in asked.items():
             record = self.records[index]
             prompt = record if isinstance(record, Bad) else prompt_of(record)
             if isinstance(prompt, Bad) or prompt.key != key:
                 raise InputError(f"{prompt.place} of the source: it has changed; start again")
-            yield prompt, self.log.read(key, self.number)
+            if answers := self.log.read(key, self.number):
+                yield prompt, answers
             self.progress.advance(1)
 
 

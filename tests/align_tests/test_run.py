@@ -104,10 +104,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_prompt_is_told_of(source, tmp_path):
     progress = Silent()
     report = go(source, tmp_path / "out", progress=progress)
-    assert (report.prompts, report.duplicates, report.bad) == (5, 1, 4)
+    assert (report.prompts, report.duplicates, report.bad) == (4, 1, 4)
     assert (report.answers, report.tokens, report.best, report.pairs) == (16, 112, 4, 4)
     assert report.share_right == 4 / 16
-    assert report.share_of_prompts_with_a_right_answer == 4 / 5
+    assert report.share_of_prompts_with_a_right_answer == 1
     assert progress.done == progress.total == 5
     bad = {item["place"].split()[-1]: item["why"] for item in lines(tmp_path / "out/bad.jsonl")}
     assert bad.keys() == {"5", "6", "7", "8"}
@@ -204,6 +204,29 @@ def test_a_folder_holds_answers_of_one_kind(source, tmp_path):
             go(source, tmp_path / "out", settings=SETTINGS | other)
 
 
+@pytest.mark.parametrize("damage", ["", "no JSON", "[]"])
+def test_damaged_settings_are_told(damage, source, tmp_path):
+    go(source, tmp_path / "out")
+    (tmp_path / "out" / run.SETTINGS).write_text(damage)
+    with pytest.raises(InputError, match="settings.json: they are damaged"):
+        go(source, tmp_path / "out")
+
+
+def test_a_run_that_was_killed_at_once_goes_on(source, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in (run.LOCK, f"{run.SETTINGS}.unfinished"):
+        (folder / name).write_text("")
+    assert go(source, folder).best == 4
+
+
+def test_a_source_of_which_everything_is_refused_is_told(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "refuse", "answer": "2"}\n')
+    with pytest.raises(InputError, match="none of them is answered: a.jsonl line 1: refused"):
+        go(str(path), tmp_path / "out")
+
+
 def test_a_failure_while_writing_leaves_what_was_there(source, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     go(source, folder, number=2)
@@ -217,7 +240,7 @@ def test_a_failure_while_writing_leaves_what_was_there(source, tmp_path, monkeyp
 def test_a_source_of_nothing_that_can_be_asked_is_told(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
-    with pytest.raises(InputError, match="none of them can be asked: a.jsonl line 1: it is a doc"):
+    with pytest.raises(InputError, match="none of them is answered: a.jsonl line 1: it is a doc"):
         go(str(path), tmp_path / "out")
 
 

@@ -72,8 +72,9 @@ def test_neither_neighbours_nor_the_number_of_answers_change_an_answer(text_mode
 
 
 @pytest.mark.slow
-def test_devices_that_share_the_work_draw_the_same(expected):
+def test_devices_that_share_the_work_draw_the_same(text_model, expected):
     model = l32jax.load("tiny-text", mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert fingerprint(model.params) == fingerprint(text_model.params)
     assert drawn(model, list(map(asked, TEXTS))) == expected
 
 
