@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image as Pillow
 
-from l32jax.align.prompts import Prompt, encoded
+from l32jax.align.prompts import Prompt, Wanted, encoded
 from l32jax.align.sampling import Answer
 from l32jax.config import SamplingConfig
 from l32jax.data.chat import Image, Message
@@ -75,7 +76,7 @@ class Endpoint:
         if parallel < 1:
             raise InputError(f"--parallel {parallel}: give at least 1")
         self._parallel, self._key = parallel, _key()
-        self._open: set[Any] = set()
+        self._open: set[socket.socket] = set()
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._has_answered = False
 
@@ -87,9 +88,7 @@ class Endpoint:
             return one_line(error)
         return None
 
-    def answers(
-        self, wanted: Sequence[tuple[Prompt, frozenset[int]]]
-    ) -> Generator[list[Answer] | Bad, None, None]:
+    def answers(self, wanted: Sequence[Wanted]) -> Generator[list[Answer] | Bad, None, None]:
         """Each answer as it comes.
 
         Raises:
@@ -125,9 +124,9 @@ class Endpoint:
         """Ends what nobody waits for: Python would wait for it when the process ends."""
         self._stopping.set()
         with self._lock:
-            for socket in self._open:
+            for connected in self._open:
                 with contextlib.suppress(OSError):
-                    socket.shutdown(2)
+                    connected.shutdown(socket.SHUT_RDWR)
         threads.shutdown(cancel_futures=True)
         self._stopping.clear()
 
@@ -174,10 +173,10 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         connection = self._connect(self._host, self._port, timeout=CONNECT_SECONDS)
         connection.connect()
-        socket = connection.sock
-        socket.settimeout(REPLY_SECONDS)
+        connected = connection.sock
+        connected.settimeout(REPLY_SECONDS)
         with self._lock:
-            self._open.add(socket)
+            self._open.add(connected)
         try:
             if self._stopping.is_set():  # sockets that were open then are shut down
                 raise Stopped
@@ -186,7 +185,7 @@ class Endpoint:
             return self._judged(response, self._read(response))
         finally:
             with self._lock:
-                self._open.discard(socket)
+                self._open.discard(connected)
             connection.close()
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:

@@ -57,7 +57,7 @@ def write(
     """Fills in the report and writes the four files, which appear whole; the report is last."""
     right = prompts_right = 0
     verified = False
-    with _appearing(folder, BEST, PAIRS, SKIPPED, REPORT) as (best, pairs, skipped, reported):
+    with appearing(folder, BEST, PAIRS, SKIPPED, REPORT) as (best, pairs, skipped, reported):
         for prompt, answers in answered:
             _count(report, answers)
             right += sum(answer.is_right for answer in answers)
@@ -144,7 +144,7 @@ def _copied(folder: Path, source: Any) -> str:
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path, *names: str) -> Iterator[Sequence[IO[str]]]:
+def appearing(folder: Path, *names: str) -> Iterator[Sequence[IO[str]]]:
     """Files to write to, which get their names, in this order, unless there is an error."""
     paths = [folder / f"{name}.unfinished" for name in names]
     with contextlib.ExitStack() as stack:

@@ -48,6 +48,10 @@ class Prompt:
         return [part.source for part in parts if isinstance(part, Image)]
 
 
+# A prompt, and the numbers of its answers that are missing.
+Wanted = tuple[Prompt, frozenset[int]]
+
+
 def prompt_of(record: Record) -> Prompt | Bad:
     """The dialog without its last answer, which is the truth; or all of it, if there is none."""
     if not record.messages:

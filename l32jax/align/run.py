@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from l32jax.align.answer_log import AnswerLog
 from l32jax.align.choosing import Scored
-from l32jax.align.output import Report, write
-from l32jax.align.prompts import Prompt, prompt_of
+from l32jax.align.output import Report, appearing, write
+from l32jax.align.prompts import Prompt, Wanted, prompt_of
 from l32jax.align.sampling import Answer
 from l32jax.align.verifiers import Verifier, unverifiable, verdict
 from l32jax.checkpoint.engine.locks import take
@@ -26,14 +26,13 @@ from l32jax.data.sources.open import open_records
 from l32jax.errors import InputError, one_line
 
 WINDOW = 1024  # prompts in memory, among which those of one length are looked for
-ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
+ANSWERS, SETTINGS, LOCK = "answers.jsonl", "settings.json", "lock"
 
-# A prompt, and the numbers of its answers that are missing.
-Wanted = tuple[Prompt, frozenset[int]]
 # Rewards of answers to a dialog with these images; higher is better.
 Judge = Callable[[Sequence[Message], Sequence[ImageSource], Sequence[str]], list[float]]
 
 
+@runtime_checkable
 class Answerer(Protocol):
     """Who answers: `sampling.Engine` or `endpoint.Endpoint`."""
 
@@ -46,6 +45,7 @@ class Answerer(Protocol):
         ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     def begin(self, what: str, total: int) -> None: ...
     def advance(self, amount: int) -> None: ...
@@ -85,24 +85,40 @@ def sample(
       InputError: nothing in the source can be asked, or the folder is of other settings.
     """
     records = open_records(source)
+    _refuse_others(folder)
     with take(folder, f"answers in {folder}"):
         _keep_settings(folder / SETTINGS, settings)
         with closing(AnswerLog(folder / ANSWERS)) as log:
             return _Run(records, folder, answerer, number, scoring, log, progress).run(settings)
 
 
+def _refuse_others(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names - {LOCK, f"{SETTINGS}.unfinished"} and SETTINGS not in names:
+        raise InputError(f"answers in {folder}: it holds something else; give another folder")
+
+
 def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(settings)
+        with appearing(path.parent, path.name) as (file,):
+            file.write(json.dumps(settings, indent=2) + "\n")
+    before, now = _flat(_read_settings(path)), _flat(settings)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise InputError(
                 f"answers in {path.parent}: they were drawn with {name}={before.get(name)!r}, not "
                 f"{now.get(name)!r}; give the same again, or another folder"
             )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"settings in {path}: they are damaged; give another folder")
+    return found
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,9 +151,9 @@ class _Run:
                         made += self._keep(answered, bad, threads)
         report.seconds = round(time.monotonic() - begun, 3)
         report.tokens_per_second = round(made / report.seconds, 1) if made else None
-        if not asked:
+        if not any(map(self.log.numbers, asked)):
             why = f": {bad[0].place}: {bad[0].why}" if bad else ""
-            raise InputError(f"prompts in the source: none of them can be asked{why}; give others")
+            raise InputError(f"prompts in the source: none of them is answered{why}; give others")
         report.bad = len(bad)
         provenance = {**settings, "l32jax": version("l32jax")}
         write(self.folder, self._answered(asked), bad, provenance=provenance, report=report)
@@ -207,14 +223,15 @@ class _Run:
         return scored if self.scoring.judge is None else _judged(self.scoring.judge, prompt, scored)
 
     def _answered(self, asked: Mapping[str, int]) -> Iterator[tuple[Prompt, list[Scored]]]:
-        """Prompts in the order of the source."""
+        """Prompts that have answers, in the order of the source."""
         self.progress.begin("prompts written", len(asked))
         for key, index in asked.items():
             record = self.records[index]
             prompt = record if isinstance(record, Bad) else prompt_of(record)
             if isinstance(prompt, Bad) or prompt.key != key:
                 raise InputError(f"{prompt.place} of the source: it has changed; start again")
-            yield prompt, self.log.read(key, self.number)
+            if answers := self.log.read(key, self.number):
+                yield prompt, answers
             self.progress.advance(1)
 
 

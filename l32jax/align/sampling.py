@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt32
 
-from l32jax.align.prompts import Prompt
+from l32jax.align.prompts import Prompt, Wanted
 from l32jax.config import SamplingConfig
 from l32jax.data.images import ImageSource, load_image
 from l32jax.errors import InputError, one_line
@@ -74,9 +74,7 @@ class Engine:
     def fault(self, prompt: Prompt) -> str | None:
         return fault(self.model, prompt, self.sampling)
 
-    def answers(
-        self, wanted: Sequence[tuple[Prompt, frozenset[int]]]
-    ) -> Generator[list[Answer], None, None]:
+    def answers(self, wanted: Sequence[Wanted]) -> Generator[list[Answer], None, None]:
         missing = {prompt.key: numbers for prompt, numbers in wanted}
         prompts = [prompt for prompt, _ in wanted]
         how = {"number": self.number, "sampling": self.sampling, "rows": self.rows}

@@ -52,7 +52,7 @@ def prefill(
     params: Params,
     batch: Batch,
     length: Int[Array, "b"],
-    keys: Key[Array, "b"],
+    keys: Key[Array, "rows"],
     draw: Draw,
     *,
     cache_length: int,
@@ -157,7 +157,7 @@ def generate(
     *,
     stop_ids: tuple[int, ...],
     pad_id: int,
-    keys: Key[Array, "b"] | None = None,
+    keys: Key[Array, "rows"] | None = None,
     copies: int = 1,
 ) -> Iterator[Int[np.ndarray, "b"]]:
     """Yields a token for each row, step by step, until every row has stopped; pads follow a stop.

@@ -112,7 +112,7 @@ class Model:
         self,
         prompts: Sequence[tuple[Sequence[int], Sequence[Any]]],
         *,
-        keys: Key[Array, "b"] | None = None,
+        keys: Key[Array, "rows"] | None = None,
         copies: int = 1,
         **sampling: Any,
     ) -> list[list[int]]:
@@ -140,7 +140,7 @@ class Model:
         self,
         prompts: Sequence[tuple[Sequence[int], Sequence[Any]]],
         sampling: dict[str, Any],
-        keys: Key[Array, "b"] | None = None,
+        keys: Key[Array, "rows"] | None = None,
         copies: int = 1,
     ) -> Iterator[np.ndarray]:
         options = SamplingConfig(**sampling)
