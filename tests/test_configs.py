@@ -44,8 +44,7 @@ def trace(config: TrainConfig, number: int) -> None:
     options = {"dtype": jnp.dtype(config.dtype), "saved": config.saved}
     step = make_train_step(model, stage, partial(next_token, **options))
     with jax.set_mesh(single_device_mesh()):
-        frozen = jnp.dtype(config.params)
-        init = partial(init_state, model, stage, 0, frozen_dtype=frozen)
+        init = partial(init_state, model, stage, 0, frozen=config.params)
         state = jax.eval_shape(init)
         batch = batch_like(stage, model, rows=stage.accumulate)
         after, metrics = jax.eval_shape(step, state, batch, jnp.float32(0))

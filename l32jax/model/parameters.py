@@ -14,7 +14,7 @@ Params = Any
 
 def path_name(path: tuple) -> str:
     """decoder/groups/blocks/0/attention/query/weight"""
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -26,12 +26,19 @@ def is_stacked(path: str) -> bool:
     return any(name.endswith("blocks") for name in path.split("/"))
 
 
+def is_lora(path: str) -> bool:
+    return path.endswith(("/lora_a", "/lora_b"))
+
+
 def part_of(path: str, config: LlamaConfig) -> Part:
-    """Which of the three parts, that are frozen and trained as a whole, a parameter belongs to.
+    """Which of the parts, that are frozen and trained as a whole, a parameter belongs to.
 
     The adapter is what turns a language model into a vision model beside the image encoder:
-    cross-attention blocks with their gates, the projector and the image token's embedding.
+    cross-attention blocks with their gates, the projector and the image token's embedding. LoRA is
+    a part of its own, wherever it is.
     """
+    if is_lora(path):
+        return "lora"
     if path.startswith("vision/"):
         return "vision_tower"
     if path.startswith(("projector/", "decoder/image_embedding/")):
