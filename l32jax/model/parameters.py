@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from qwix import QArray
 
 from l32jax.config import LlamaConfig, Part
 
@@ -24,6 +25,10 @@ def flatten(params: Params) -> dict[str, Any]:
 def is_stacked(path: str) -> bool:
     """Whether a parameter has one entry a layer, on its first axis."""
     return any(name.endswith("blocks") for name in path.split("/"))
+
+
+def is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, QArray)
 
 
 def is_lora(path: str) -> bool:
@@ -57,11 +62,19 @@ def trains(parts: Iterable[Part], config: LlamaConfig) -> Callable[[str], bool]:
 
 
 def partition(params: Params, is_trainable: Callable[[str], bool]) -> tuple[Params, Params]:
-    """Splits into (trainable, frozen), each with None where the other has the leaf."""
-    kept = jax.tree.map_with_path(lambda path, _: is_trainable(path_name(path)), params)
-    trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, kept)
-    frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, params, kept)
-    return trainable, frozen
+    """Splits into (trainable, frozen), each with None where the other has the leaf.
+
+    A quantised weight is one leaf.
+    """
+
+    def chosen(keep: bool) -> Params:
+        return jax.tree.map_with_path(
+            lambda path, leaf: leaf if is_trainable(path_name(path)) == keep else None,
+            params,
+            is_leaf=is_quantised,
+        )
+
+    return chosen(True), chosen(False)
 
 
 def combine(trainable: Params, frozen: Params) -> Params:

@@ -17,7 +17,7 @@ from qwix import QArray
 
 from l32jax.config import Stored
 from l32jax.model.matrices import is_projection, matrix_dims
-from l32jax.model.parameters import Params, is_stacked, path_name
+from l32jax.model.parameters import Params, is_quantised, is_stacked, path_name
 from l32jax.sharding import activation_spec
 
 TYPES = {"int8": jnp.int8, "int4": jnp.int4}
@@ -56,15 +56,9 @@ def trainable(params: Params) -> Params:
     def leaf(weight: Any) -> Any:
         if not is_quantised(weight):
             return weight.astype(jnp.float32)
-        if weight.qvalue is None:  # a frozen one, of which `partition` has left the shell
-            return None
         return _dequantised(weight, jax.typeof(weight.qvalue).sharding.spec, jnp.float32)
 
     return jax.tree.map(leaf, params, is_leaf=is_quantised)
-
-
-def is_quantised(leaf: Any) -> bool:
-    return isinstance(leaf, QArray)
 
 
 def dequantised(weight: Array | QArray, dims: str, dtype: Any) -> Float[Array, "*dims"]:

@@ -139,6 +139,7 @@ def device_bytes(shapes: Shapes) -> int:
         assert isinstance(leaf.sharding, NamedSharding)
         if leaf.sharding.memory_kind == "pinned_host":
             return 0
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        bits = jax.dtypes.itemsize_bits(leaf.dtype)  # int4 lies in half a byte
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
 
     return sum(map(size, jax.tree.leaves(shapes)))
