@@ -16,7 +16,7 @@ from l32jax.checkpoint.engine.folders import is_remote
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.slices import load as load_slices
 from l32jax.checkpoint.formats import Checkpoint, open_checkpoint
-from l32jax.checkpoint.graft import graft, is_trunk
+from l32jax.checkpoint.graft import graft, is_trunk, overlaid
 from l32jax.checkpoint.steps import Steps
 from l32jax.config import Behaviour, Compat, LlamaConfig
 from l32jax.config_text import did_you_mean
@@ -25,7 +25,9 @@ from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
 from l32jax.model.llama import abstract_params, init_params
-from l32jax.model.parameters import Params, combine, on_mesh, partition, trains
+from l32jax.model.matrices import is_projection
+from l32jax.model.parameters import Params, combine, on_mesh, partition, path_name, trains
+from l32jax.model.quantise import frozen_as
 from l32jax.objective_config import Grpo, Teacher
 from l32jax.presets import PRESETS, mesh_for
 from l32jax.run_config import TrainConfig
@@ -135,8 +137,8 @@ def run(config: TrainConfig) -> Model:
     """Trains what is left of a run, on every device, and returns what came of it.
 
     Raises:
-      InputError: a path or the data is wrong, or `start_from` is neither the config's model nor the
-        text model that it is built on.
+      InputError: a path or the data is wrong, or `start_from` is neither the config's model, nor
+        that without LoRA or reward head, nor the text model that it is built on.
       Interrupted: the run was asked to stop, and has saved.
     """
     mesh = mesh_of(config)
@@ -156,14 +158,17 @@ def _open_rows(config: TrainConfig, number: int, tokenizer: Tokenizer, mesh: Mes
 
 
 def _teacher(config: TrainConfig, mesh: Mesh, teacher: Teacher) -> Params:
-    """Its parameters in the dtype of frozen ones."""
+    """Its parameters as frozen ones are kept."""
     found = _find(teacher.start_from, config.tokenizer, teacher.model.compat)
     if found.config != teacher.model:
         raise InputError(
             f"start_from {teacher.start_from!r} of a teacher: it is not the model that the config "
             "says it is; give weights of that, or change the teacher's `model`"
         )
-    return _params(found, mesh, jnp.dtype(config.params), config.seed)
+    dtype = jnp.float32 if config.params == "float32" else jnp.bfloat16
+    params = _params(found, mesh, dtype, config.seed)
+    with jax.set_mesh(mesh):
+        return jax.jit(partial(frozen_as, config.params))(params)
 
 
 def mesh_of(config: TrainConfig) -> Mesh:
@@ -180,34 +185,65 @@ def _beginning(config: TrainConfig, mesh: Mesh) -> Model:
         tokenizer = tokenizer or _bytes_tokenizer(model)
         return Model(model, None, _fitting(tokenizer, model, str(config.tokenizer)), mesh)
     found = _find(config.start_from, config.tokenizer, model.compat)
-    if found.config != model and not is_trunk(found.config, model):
+    unranked = replace(model, reward_head=False)
+    known = (each for base in (model, unranked) for each in (base, base.without_lora()))
+    if not (found.config in known or is_trunk(found.config, model)):
         raise InputError(
             f"start_from {config.start_from!r} of the run: it is neither the model of the config "
-            "nor the text model which that is built on; give weights of one of them, or change "
-            "`model`"
+            "nor the text model which that is built on, with LoRA and reward head or without; give "
+            "weights of one of them, or change `model`"
         )
+    trunk = _trunk(config)
     tokenizer = _fitting(found.tokenizer, model, str(config.start_from))
     if Steps(stage_directory(config, 0)).all():
-        params = None
-    elif found.config == model:
-        params = _params(found, mesh, jnp.float32, config.seed)
-    else:
-        params = _grafted(found, model, mesh, config.seed)
-    return Model(model, params, tokenizer, mesh)
+        return Model(model, None, tokenizer, mesh)
+    known = _known(found, model, mesh, config.seed)
+    if trunk is not None:
+        known = overlaid(known, _known(trunk, model, mesh, config.seed))
+    return Model(model, _completed(known, config, mesh), tokenizer, mesh)
 
 
-def _grafted(text: _Found, config: LlamaConfig, mesh: Mesh, seed: int) -> Params:
-    """Float32 parameters of a vision model: what it has of the text model, and the rest random."""
-    slices = text.slices or Slices.of(_params(text, mesh, jnp.float32, seed))
-    is_text = trains(("language_model",), config)
+def _trunk(config: TrainConfig) -> _Found | None:
+    """The text model whose weights the language model gets."""
+    if config.trunk_from is None:
+        return None
+    found = _find(config.trunk_from, config.tokenizer, config.model.compat)
+    if not is_trunk(found.config, config.model):
+        raise InputError(
+            f"trunk_from {config.trunk_from!r} of the run: it is not the text model which the "
+            "config's is built on; give weights of that, or leave it out"
+        )
+    return found
+
+
+def _known(found: _Found, config: LlamaConfig, mesh: Mesh, seed: int) -> Slices:
+    """What a model has of the config's parameters, which may be all of them."""
+    slices = found.slices or Slices.of(_params(found, mesh, jnp.float32, seed))
+    if is_trunk(found.config, config):
+        return graft(slices, found.config, config)
+    return slices
+
+
+def _completed(known: Slices, config: TrainConfig, mesh: Mesh) -> Params:
+    """What is known of the parameters, where it is to be, and the rest random, by the seed.
+
+    Float32, but for matrices that `begin_stage` would make smaller at once: there may be no room.
+    """
+    model, is_trainable = config.model, trains(config.stages[0].trains, config.model)
+
+    def target(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = path_name(path)
+        small = config.params != "float32" and is_projection(name) and not is_trainable(name)
+        return leaf.update(dtype=jnp.bfloat16) if small else leaf
 
     def fresh(key: Array) -> Params:
-        return partition(init_params(config, key), is_text)[1]
+        return partition(init_params(model, key), is_known)[1]
 
+    is_known = known.shapes.__contains__
     with jax.set_mesh(mesh):
-        targets, _ = partition(on_mesh(abstract_params(config), mesh), is_text)
-        rest = jax.jit(fresh)(jax.random.key(seed))
-    return combine(load_slices(graft(slices, text.config, config), targets), rest)
+        targets, lacking = partition(on_mesh(abstract_params(model), mesh), is_known)
+        rest = jax.jit(fresh)(jax.random.key(config.seed)) if jax.tree.leaves(lacking) else lacking
+    return combine(load_slices(known, jax.tree.map_with_path(target, targets)), rest)
 
 
 def _bytes_tokenizer(config: LlamaConfig) -> Tokenizer | None:

@@ -9,7 +9,9 @@ from l32jax.errors import InputError
 BlockKind = Literal["self", "cross"]
 Behaviour = Literal["meta", "hf"]
 MAX_PATTERN = 40  # all of 11B, were it irregular: two seconds to trace; 256 take two minutes
-Part = Literal["language_model", "vision_tower", "adapter", "reward_head"]
+Part = Literal["language_model", "vision_tower", "adapter", "lora", "reward_head"]
+Stored = Literal["float32", "bfloat16", "int8", "int4"]  # frozen parameters; see `model.quantise`
+Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
 
 
 def require_positive(config: object, *names: str) -> None:
@@ -27,6 +29,29 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of low rank beside projections (Hu et al., 2021): W + alpha / rank * B @ A.
+
+    targets: names of projections, in every block that has one of that name.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[Target, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+
+    def __post_init__(self):
+        require_positive(self, "rank")
+        if not 0 < self.alpha < math.inf:
+            raise InputError(f"alpha={self.alpha} must be a positive number")
+        if not self.targets:
+            raise InputError("targets=() must name a projection at least")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +75,7 @@ class DecoderConfig:
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
     max_context: int = 131_072
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         require_positive(self, "vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
@@ -98,6 +124,7 @@ class VisionConfig:
     patch_size: int = 14
     max_tiles: int = 4
     norm_eps: float = 1e-5
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         require_positive(self, "image_size", "patch_size", "embed_dim", "num_heads", "mlp_dim")
@@ -166,6 +193,24 @@ class LlamaConfig:
                 f"group_pattern={self.decoder.group_pattern} and vision={self.vision} disagree: "
                 "cross-attention blocks need an image encoder, and only they do"
             )
+        if len({(lora.rank, lora.alpha) for lora in self.loras}) > 1:
+            raise InputError(
+                f"lora={self.decoder.lora} of the decoder and {self.loras[-1]} of the image "
+                "encoder disagree: files of adapters have one rank and one alpha"
+            )
+
+    @property
+    def loras(self) -> tuple[LoraConfig, ...]:
+        """The decoder's and the image encoder's, where there are any."""
+        found = (self.decoder.lora, self.vision.lora if self.vision is not None else None)
+        return tuple(lora for lora in found if lora is not None)
+
+    def without_lora(self) -> "LlamaConfig":
+        """The model that adapters are beside of, or are merged into."""
+        vision = self.vision and dataclasses.replace(self.vision, lora=None)
+        return dataclasses.replace(
+            self, decoder=dataclasses.replace(self.decoder, lora=None), vision=vision
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from l32jax.config import AttentionConfig, LlamaConfig, MeshConfig, Part, require_positive
+from l32jax.config import (
+    AttentionConfig,
+    LlamaConfig,
+    MeshConfig,
+    Part,
+    Stored,
+    require_positive,
+)
 from l32jax.errors import InputError
 from l32jax.objective_config import NextToken, Objective, compares
 
@@ -190,8 +197,11 @@ class TrainConfig:
     tokenizer: a file or folder; None for the tokenizer that stands beside `start_from`.
     mesh: None for that of `presets.mesh_for`, by the model's size and the devices.
     dtype: of activations.
-    params: of parameters that are frozen. Those that train are float32; with "bfloat16", the model
-      sees their matrices in `dtype`, once a step.
+    params: of parameters that are frozen; with "int8" and "int4" their projections are quantised,
+      and the rest is bfloat16. Those that train are float32; but with "float32", the model sees
+      their matrices in `dtype`, once a step.
+    trunk_from: a text model's checkpoint or preset, whose weights take the place of the language
+      model's in those of `start_from`; as its instruct model's do before instruction tuning.
     attention: how attention is computed.
     saved: what the backward pass finds saved and need not compute again: everything; the results
       of matrix products and of attention; those of attention; nothing.
@@ -206,10 +216,11 @@ class TrainConfig:
     directory: str
     tokenizer: str | None = None
     start_from: str | None = None
+    trunk_from: str | None = None
     mesh: MeshConfig | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    params: Literal["float32", "bfloat16"] = "float32"
+    params: Stored = "float32"
     attention: AttentionConfig = AttentionConfig()
     saved: Literal["everything", "dots", "attention", "nothing"] = "everything"
     offload: Literal["none", "optimizer"] = "none"
@@ -221,6 +232,11 @@ class TrainConfig:
 
     def __post_init__(self):
         require_positive(self, "save_every", "keep", "log_every", "show_every")
+        if self.trunk_from is not None and self.start_from is None:
+            raise InputError(
+                f"trunk_from={self.trunk_from!r} without start_from, of which it replaces a part; "
+                "to start from it alone, give it as start_from"
+            )
         for number, stage in enumerate(self.stages):
             if stage.image_size is not None and self.model.vision is None:
                 raise InputError(
@@ -232,7 +248,21 @@ class TrainConfig:
                     f"features={stage.data.features!r} of stage {stage.name!r}: row_mask='hf' "
                     "attends to unused tiles, which have none; leave one of the two out"
                 )
+            if "lora" in stage.trains and not self.model.loras:
+                raise InputError(
+                    f"trains={stage.trains} of stage {stage.name!r}: the model has no lora; give "
+                    "its decoder one, as model.decoder.lora.rank=16 does"
+                )
+            if stage.data.features is not None and "lora" in stage.trains and self._adapts_encoder:
+                raise InputError(
+                    f"features={stage.data.features!r} of stage {stage.name!r}: it trains lora of "
+                    "the image encoder, which changes them; leave one of the two out"
+                )
             self.model_of(number)  # its own checks are those of the size
+
+    @property
+    def _adapts_encoder(self) -> bool:
+        return self.model.vision is not None and self.model.vision.lora is not None
 
     def model_of(self, number: int) -> LlamaConfig:
         """What the weights are at the end of a stage: image sizes stay until the next one."""

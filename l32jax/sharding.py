@@ -5,9 +5,10 @@
   n query heads  k key/value heads                     h head dimension
   g query heads that share a key/value head
   i image        c tile              p token of a tile l stacked layer group
-  j image of all rows, one behind the other            r place in the residual stream
+  j image of all rows, one behind the other            r LoRA rank
+  z place in the residual stream, which other axes split than a query position
   q comparison of answers                              w word among a teacher's likeliest
-  z document of a row
+  u document of a row
 
 The two tables below are the whole parallelism plan. A letter they lack is not sharded.
 """
@@ -32,7 +33,7 @@ PARAM_AXES = {"d": "fsdp", "f": "tensor", "n": "tensor", "k": "tensor", "v": "te
 ACTIVATION_AXES = {
     "b": ("data", "fsdp"),
     "t": CONTEXT_AXIS,
-    "r": (CONTEXT_AXIS, "tensor"),
+    "z": (CONTEXT_AXIS, "tensor"),
     "j": ("data", "fsdp", CONTEXT_AXIS),
     "f": "tensor",
     "n": "tensor",
@@ -56,8 +57,8 @@ def stream_spec(length: int) -> PartitionSpec:
     saves its own, and what products leave to be summed is summed where it is needed.
     """
     axes = jax.sharding.get_abstract_mesh().shape
-    shares = math.prod(axes.get(axis, 1) for axis in ACTIVATION_AXES["r"])
-    return activation_spec("btd" if length % shares else "brd")
+    shares = math.prod(axes.get(axis, 1) for axis in ACTIVATION_AXES["z"])
+    return activation_spec("btd" if length % shares else "bzd")
 
 
 def make_mesh(

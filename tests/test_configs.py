@@ -25,8 +25,7 @@ def trace(config: TrainConfig, number: int) -> None:
     stages = (*config.stages[:number], one_row)
     batch = abstract_batch(replace(config, stages=stages), number, mesh)
     with jax.set_mesh(mesh):
-        frozen = jnp.dtype(config.params)
-        init = partial(init_state, model, stage, 0, frozen_dtype=frozen)
+        init = partial(init_state, model, stage, 0, frozen=config.params)
         state = jax.eval_shape(init)
         taught_by = abstract_teachers(config, number, mesh)
         after, metrics = jax.eval_shape(step, state, batch, jnp.float32(0), taught_by)

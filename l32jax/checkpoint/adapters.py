@@ -22,7 +22,7 @@ from l32jax.checkpoint.fields import Fields
 from l32jax.config import LlamaConfig
 from l32jax.errors import InputError
 from l32jax.model.llama import shapes_of
-from l32jax.model.parameters import is_stacked
+from l32jax.model.parameters import is_lora, is_stacked
 
 METADATA_KEY, FILE = "l32jax_adapter", "adapter.safetensors"
 MAX_RANK = 4096  # far above those in use; bounds what a file can cost
@@ -89,6 +89,16 @@ def _require_fit(
 
 def _said(shape: Shape | None) -> str:
     return "absent" if shape is None else f"of shape {list(shape)}"
+
+
+def own(slices: Slices, config: LlamaConfig) -> tuple[Slices, Adapter]:
+    """A model with LoRA as the model without it, and its adapter. Its config says the scale."""
+    lora = config.loras[0]
+    theirs = {path: shape for path, shape in slices.shapes.items() if is_lora(path)}
+    rest = {path: shape for path, shape in slices.shapes.items() if path not in theirs}
+    return replace(slices, shapes=rest), Adapter(
+        replace(slices, shapes=theirs), lora.rank, lora.scale
+    )
 
 
 def merged(slices: Slices, adapter: Adapter) -> Slices:

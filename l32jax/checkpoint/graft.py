@@ -1,6 +1,7 @@
 """From a text model to a vision model that still is that text model."""
 
 import dataclasses
+from typing import Any
 
 from l32jax.checkpoint.engine.slices import Home, Slices
 from l32jax.config import DecoderConfig, LlamaConfig
@@ -41,8 +42,27 @@ def graft(trunk: Slices, text: LlamaConfig, vision: LlamaConfig) -> Slices:
 
 
 def is_trunk(text: LlamaConfig, vision: LlamaConfig) -> bool:
-    """Whether it is the text model that the vision model was built on."""
+    """Whether it is the text model that the vision model was built on, LoRA or not."""
     return text.vision is None and text.decoder == _without_cross_blocks(vision)
+
+
+def overlaid(slices: Slices, others: Slices) -> Slices:
+    """With what the others have in place of what has the same path."""
+
+    def read(home: Home, rows: slice) -> Any:
+        return (others if home.path in others.shapes else slices).read(home, rows)
+
+    def release() -> None:
+        slices.release()
+        others.release()
+
+    return Slices(
+        slices.where,
+        {**slices.shapes, **others.shapes},
+        {**slices.dtypes, **others.dtypes},
+        read,
+        release,
+    )
 
 
 def _require_trunk(text: LlamaConfig, vision: LlamaConfig) -> None:
@@ -55,8 +75,8 @@ def _require_trunk(text: LlamaConfig, vision: LlamaConfig) -> None:
 
 
 def _without_cross_blocks(vision: LlamaConfig) -> DecoderConfig:
-    layers = vision.decoder.count("self")
-    return dataclasses.replace(vision.decoder, group_pattern=("self",), num_groups=layers)
+    decoder, layers = vision.without_lora().decoder, vision.decoder.count("self")
+    return dataclasses.replace(decoder, group_pattern=("self",), num_groups=layers)
 
 
 def _origin(home: Home, vision: LlamaConfig) -> Home:

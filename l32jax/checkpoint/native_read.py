@@ -17,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from l32jax.checkpoint.arrays import require_equal
+from l32jax.checkpoint.dequantised import INTEGERS, SCALES, VALUES, dequantised
 from l32jax.checkpoint.engine.folders import Folder, fresh_context, read_at_most
 from l32jax.checkpoint.engine.slices import Home, Shape, Slices
 from l32jax.errors import InputError
@@ -27,6 +28,8 @@ DTYPES = {  # by their names in zarr
     "<f4": np.dtype(np.float32),
     "<f2": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "|i1": np.dtype(np.int8),
+    "int4": np.dtype(ml_dtypes.int4),
 }
 MAX_HEADER_BYTES = 1 << 16
 MAX_CHUNK_BYTES = 16 << 30  # of a parameter that training saved from one device
@@ -47,12 +50,16 @@ class _Header:
 
 
 def open_arrays(folder: Folder, shapes: Mapping[str, Shape]) -> Slices:
-    """Those below params/, which must be those of the model; training has others beside them."""
+    """Those below params/, which must be those of the model; training has others beside them.
+
+    Weights that training kept quantised are float32.
+    """
     names = [name for name in _names(folder) if name.startswith(PARAMS)]
     with folder.reading():
         spec = {"driver": "ocdbt", "base": folder.base}
         store = ts.KvStore.open(spec, context=fresh_context()).result()
         headers = {name: _header(store, name, folder.where) for name in names}
+        shapes = _as_saved(headers, shapes)
         _require_model(headers, shapes, folder.where)
         largest = max(header.chunk_bytes for header in headers.values())
         # A chunk of many layers is decoded once for all of them; its entry has some more bytes.
@@ -68,7 +75,7 @@ def open_arrays(folder: Folder, shapes: Mapping[str, Shape]) -> Slices:
         return View(array, folder)
 
     dtypes = {path: headers[PARAMS + path].dtype for path in shapes}
-    return Slices(folder.where, shapes, dtypes, read)
+    return dequantised(Slices(folder.where, shapes, dtypes, read))
 
 
 def _names(folder: Folder) -> list[str]:
@@ -121,11 +128,24 @@ def _fits(chunk: list[Any], shape: list[Any]) -> bool:
     return all(1 <= part <= size for part, size in zip(chunk, shape, strict=True))
 
 
+def _as_saved(headers: Mapping[str, _Header], shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """Quantised weights are two arrays; `dequantised` looks at the shapes of their scales."""
+    found = dict(shapes)
+    for path, shape in shapes.items():
+        if header := headers.get(PARAMS + path + SCALES):
+            del found[path]
+            found |= {path + VALUES: shape, path + SCALES: header.shape}
+    return found
+
+
 def _require_model(headers: Mapping[str, _Header], shapes: Mapping[str, Shape], where: str) -> None:
     wanted = {}
     for path, shape in shapes.items():
         header = headers.get(PARAMS + path)
-        wanted[PARAMS + path] = jax.ShapeDtypeStruct(shape, header.dtype if header else np.float32)
+        dtype = header.dtype if header else np.dtype(np.float32)
+        if path.endswith(VALUES) != (dtype in INTEGERS):  # of integers there are no others
+            dtype = np.dtype(np.int8 if path.endswith(VALUES) else np.float32)
+        wanted[PARAMS + path] = jax.ShapeDtypeStruct(shape, dtype)
     require_equal(wanted, headers, where)
 
 

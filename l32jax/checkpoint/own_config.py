@@ -26,7 +26,7 @@ def read(values: Any, where: str) -> LlamaConfig:
     """What `dataclasses.asdict` made of a config. InputError, with `where`, if it is none."""
     with located(where):
         config = decode(LlamaConfig, values, "config")
-        for part in (config.decoder, config.vision):
+        for part in (config.decoder, config.vision, *config.loras):
             for name, value in (asdict(part) if part else {}).items():
                 most = MAX_LAYERS if name in LAYERS else MAX_SIZE
                 if type(value) is int and value > most:

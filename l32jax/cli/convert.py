@@ -29,7 +29,7 @@ def convert(
     destination: Destination,
     /,
     *,
-    to: Literal["orbax", "hf", "meta", "gguf", "safetensors"] | None = None,
+    to: Literal["orbax", "hf", "meta", "gguf", "safetensors", "peft"] | None = None,
     dtype: Literal["float32", "float16", "bfloat16", "q8_0", "q4_0"] | None = None,
     adapter: Annotated[Path | None, arg(metavar="PATH")] = None,
     base: Annotated[str | None, arg(metavar="MODEL")] = None,
@@ -42,7 +42,8 @@ def convert(
     """Converts a checkpoint into another format.
 
     Formats are Orbax (ours), Hugging Face, Meta, GGUF and a safetensors file; that of SRC is told
-    by its content. Memory stays below 2 GB, however large the model. DST appears when
+    by its content. LoRA that SRC was trained with is merged; with --to peft it is written alone, as
+    PEFT's folder. Memory stays below 2 GB, however large the model. DST appears when
     all of it is written; until then it is DST.unfinished, and a conversion that was stopped (exit
     code 75) or killed goes on with --resume.
 
@@ -53,6 +54,7 @@ def convert(
       l32jax convert Llama-3.2-3B-Instruct llama-3b.gguf --dtype q8_0
       l32jax convert Llama-3.2-1B gs://bucket/llama-1b
       l32jax convert Llama-3.2-1B merged-hf --to hf --adapter my-lora
+      l32jax convert runs/my-lora my-lora --to peft
       l32jax convert my-lora my-lora.safetensors --base Llama-3.2-1B
 
     Args:
@@ -61,7 +63,7 @@ def convert(
       to: the format; by default what DST's name ends with (.gguf, .safetensors), else orbax.
       dtype: of the weights, by default that of SRC; q8_0 and q4_0 are for GGUF.
       adapter: a LoRA adapter (PEFT's folder, or our file) to merge into the weights.
-      base: the model that SRC, an adapter itself, belongs to.
+      base: the model that SRC, an adapter itself, belongs to; with --to peft, its name for PEFT.
       tokenizer: its file or folder; by default SRC's own.
       ranks: how many files Meta's format is split into; by default as Meta does.
       verify: read both sides again, and compare every tensor.

@@ -4,12 +4,13 @@ import hashlib
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from l32jax import api
 from l32jax.checkpoint import adapters, peft
+from l32jax.checkpoint.dequantised import dequantised
 from l32jax.checkpoint.engine.folders import is_remote
 from l32jax.checkpoint.engine.slices import Slices
 from l32jax.checkpoint.engine.transfer import SILENT, Progress, write
@@ -23,13 +24,14 @@ from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
 
 QUANTISED = ("q8_0", "q4_0")
+To = Format | Literal["peft"]
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Format | None = None,
+    to: To | None = None,
     dtype: Kind | None = None,
     adapter: str | Path | None = None,
     base: str | Path | None = None,
@@ -42,13 +44,16 @@ def convert(
 ) -> list[str]:
     """Writes the model, or LoRA adapter, at `source` in another format.
 
-    Returns what there is to know about it, a sentence each.
+    A model that was trained with LoRA is written with it merged, and its quantised weights as the
+    numbers that they stand for. Returns what there is to know about it, a sentence each.
 
     Args:
-      to: by default what the destination's name says (.gguf, .safetensors), else "orbax".
+      to: by default what the destination's name says (.gguf, .safetensors), else "orbax"; "peft" is
+        the adapter alone, of a model that has one.
       dtype: of the weights; by default that of the source. Quantised kinds are GGUF's.
       adapter: a LoRA adapter of the model, PEFT's folder or our file, to be merged.
-      base: the model that `source` is an adapter of; PEFT's folder does not describe it.
+      base: the model that `source` is an adapter of, which PEFT's folder does not describe; or the
+        name to write there.
       tokenizer: its file or folder; by default the source's own.
       ranks: files that Meta's format is split into; by default as Meta does.
       verify: reads both sides again, and compares every tensor, before the destination appears.
@@ -59,8 +64,8 @@ def convert(
       Differs: what was written is not what was read.
       Interrupted: it was asked to stop; `resume` goes on with it.
     """
-    if is_adapter(source):
-        return _convert_adapter(source, destination, to, base, resume, progress)
+    if is_adapter(source) or to == "peft":
+        return _convert_adapter(source, destination, to, dtype, base, resume, progress)
     to = to or _format_by_name(str(destination))
     _check_request(to, dtype, ranks, destination)
     opened = open_checkpoint(source)
@@ -101,7 +106,7 @@ def save(
     """
     to = to or _format_by_name(str(destination))
     _check_request(to, dtype, None, destination)
-    in_memory = Checkpoint(None, model.config, Slices.of(model.params), {})
+    in_memory = Checkpoint(None, model.config, dequantised(Slices.of(model.params)), {})
     checkpoint = _prepared(in_memory, None, None if dtype in QUANTISED else dtype)
     content = Content(checkpoint, model.tokenizer, dtype, None, _about(to, "memory"))
     write(OUTPUTS[to](content), destination)
@@ -129,33 +134,49 @@ def _open_adapter(
 def _convert_adapter(
     source: str | Path,
     destination: str | Path,
-    to: Format | None,
+    to: To | None,
+    dtype: Kind | None,
     base: str | Path | None,
     resume: bool,
     progress: Progress,
 ) -> list[str]:
-    """Between PEFT's folder ("hf") and one file of ours ("safetensors"), every bit kept."""
-    to = to or ("safetensors" if Path(destination).suffix == ".safetensors" else "hf")
-    if to not in ("hf", "safetensors"):
-        raise InputError(f"adapter {str(source)!r}: it can be hf or safetensors, not {to}")
-    _check_request(to, None, None, destination)
-    known = None if base is None else open_checkpoint(base).config
-    adapter, config = _open_adapter(source, known)
-    about = _about(to, source)
-    if to == "hf":
-        name = None if base is None else str(base)
+    """To PEFT's folder, or to one file of ours ("safetensors"); every bit kept, if it may be."""
+    to = to or ("safetensors" if Path(destination).suffix == ".safetensors" else "peft")
+    if to not in ("peft", "safetensors"):
+        raise InputError(f"adapter {str(source)!r}: it can be peft or safetensors, not {to}")
+    _check_request(to, dtype, None, destination)
+    adapter, config = _adapter_at(source, base)
+    if dtype is not None:
+        adapter = adapter._replace(slices=adapter.slices.as_dtype(np.dtype(dtype)))
+    about, name = _about(to, source), None if base is None else str(base)
+    if to == "peft":
         output = peft.plan(adapter, config, base_model_name=name, about=about)
     else:
         output = adapters.plan_ours(adapter, config, about=about)
     task = about | {
         "fingerprint": _fingerprint(source, destination),
-        "base": None if base is None else str(base),
+        "base": name,
+        "dtype": dtype,
     }
     write(output, destination, task, resume=resume, progress=progress)
     return []
 
 
-def _about(to: Format, source: str | Path) -> dict[str, Any]:
+def _adapter_at(
+    source: str | Path, base: str | Path | None
+) -> tuple[adapters.Adapter, LlamaConfig]:
+    """An adapter's folder or file, or what a model was trained with; and the model beside it."""
+    if is_adapter(source):
+        known = None if base is None else open_checkpoint(base).config.without_lora()
+        return _open_adapter(source, known)
+    checkpoint = open_checkpoint(source)
+    if not checkpoint.config.loras:
+        raise InputError(f"model {str(source)!r}: it has no LoRA to write as peft; choose another")
+    _, adapter = adapters.own(checkpoint.slices, checkpoint.config)
+    return adapter, checkpoint.config.without_lora()
+
+
+def _about(to: To, source: str | Path) -> dict[str, Any]:
     return {"format": to, "made_by": f"l32jax {version('l32jax')}", "source": str(source)}
 
 
@@ -164,9 +185,7 @@ def _format_by_name(destination: str) -> Format:
     return by_suffix.get(Path(destination).suffix, "orbax")
 
 
-def _check_request(
-    to: Format, dtype: Kind | None, ranks: int | None, destination: str | Path
-) -> None:
+def _check_request(to: To, dtype: Kind | None, ranks: int | None, destination: str | Path) -> None:
     if is_remote(destination) and to != "orbax":
         raise InputError(
             f"destination {str(destination)!r}: only orbax is written to buckets, not {to}; "
@@ -179,14 +198,17 @@ def _check_request(
 
 
 def _prepared(checkpoint: Checkpoint, adapter: str | Path | None, dtype: str | None) -> Checkpoint:
-    """Merged in float32 and rounded once."""
-    slices = checkpoint.slices
+    """With its own LoRA and the given adapter merged: each sum in float32, and rounded once."""
+    slices, config = checkpoint.slices, checkpoint.config.without_lora()
+    if dtype is not None and (adapter is not None or checkpoint.config.loras):
+        slices = slices.as_dtype(np.float32)
+    if checkpoint.config.loras:
+        slices = adapters.merged(*adapters.own(slices, checkpoint.config))
     if adapter is not None:
-        slices = slices if dtype is None else slices.as_dtype(np.float32)
-        slices = adapters.merged(slices, _open_adapter(adapter, checkpoint.config)[0])
+        slices = adapters.merged(slices, _open_adapter(adapter, config)[0])
     if dtype is not None:
         slices = slices.as_dtype(np.dtype(dtype))
-    return replace(checkpoint, slices=slices)
+    return replace(checkpoint, slices=slices, config=config)
 
 
 def _tokenizer(

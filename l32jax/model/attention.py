@@ -11,7 +11,7 @@ from l32jax import kernels
 from l32jax.config import AttentionConfig, DecoderConfig
 from l32jax.kernels.context import Layout
 from l32jax.model.cache import KeyValue
-from l32jax.model.layers import Projection, RMSNorm
+from l32jax.model.layers import Projection, RMSNorm, lora_of
 from l32jax.model.rope import rotate
 from l32jax.sharding import activation_spec
 
@@ -94,10 +94,11 @@ class Heads(nnx.Module):
             "k": config.num_kv_heads,
             "h": config.head_dim,
         }
-        self.query = Projection(sizes, "d", "nh", rngs=rngs)
-        self.key = Projection(sizes, "d", "kh", rngs=rngs)
-        self.value = Projection(sizes, "d", "kh", rngs=rngs)
-        self.out = Projection(sizes, "nh", "d", rngs=rngs)
+        lora = config.lora
+        self.query = Projection(sizes, "d", "nh", lora=lora_of(lora, "query"), rngs=rngs)
+        self.key = Projection(sizes, "d", "kh", lora=lora_of(lora, "key"), rngs=rngs)
+        self.value = Projection(sizes, "d", "kh", lora=lora_of(lora, "value"), rngs=rngs)
+        self.out = Projection(sizes, "nh", "d", lora=lora_of(lora, "out"), rngs=rngs)
         self.scale = config.head_dim**-0.5
 
 

@@ -46,7 +46,7 @@ class SelfBlock(nnx.Module):
         self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.attention = SelfAttention(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, rngs=rngs)
+        self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, lora=config.lora, rngs=rngs)
 
     def __call__(
         self,
@@ -76,7 +76,7 @@ class CrossBlock(nnx.Module):
         self.attention = CrossAttention(config, rngs=rngs)
         self.attention_gate = gate_param()
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, rngs=rngs)
+        self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, lora=config.lora, rngs=rngs)
         self.mlp_gate = gate_param()
 
     def __call__(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from qwix import QArray
 
 from l32jax.config import LlamaConfig, Part
 
@@ -14,7 +15,7 @@ Params = Any
 
 def path_name(path: tuple) -> str:
     """decoder/groups/blocks/0/attention/query/weight"""
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -26,12 +27,23 @@ def is_stacked(path: str) -> bool:
     return any(name.endswith("blocks") for name in path.split("/"))
 
 
+def is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, QArray)
+
+
+def is_lora(path: str) -> bool:
+    return path.endswith(("/lora_a", "/lora_b"))
+
+
 def part_of(path: str, config: LlamaConfig) -> Part:
     """Which of the parts, that are frozen and trained as a whole, a parameter belongs to.
 
     The adapter is what turns a language model into a vision model beside the image encoder:
-    cross-attention blocks with their gates, the projector and the image token's embedding.
+    cross-attention blocks with their gates, the projector and the image token's embedding. LoRA is
+    a part of its own, wherever it is.
     """
+    if is_lora(path):
+        return "lora"
     if path.startswith("vision/"):
         return "vision_tower"
     if path.startswith(("projector/", "decoder/image_embedding/")):
@@ -52,11 +64,19 @@ def trains(parts: Iterable[Part], config: LlamaConfig) -> Callable[[str], bool]:
 
 
 def partition(params: Params, is_trainable: Callable[[str], bool]) -> tuple[Params, Params]:
-    """Splits into (trainable, frozen), each with None where the other has the leaf."""
-    kept = jax.tree.map_with_path(lambda path, _: is_trainable(path_name(path)), params)
-    trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, kept)
-    frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, params, kept)
-    return trainable, frozen
+    """Splits into (trainable, frozen), each with None where the other has the leaf.
+
+    A quantised weight is one leaf.
+    """
+
+    def chosen(keep: bool) -> Params:
+        return jax.tree.map_with_path(
+            lambda path, leaf: leaf if is_trainable(path_name(path)) == keep else None,
+            params,
+            is_leaf=is_quantised,
+        )
+
+    return chosen(True), chosen(False)
 
 
 def combine(trainable: Params, frozen: Params) -> Params:

@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int, UInt8
 from l32jax.config import CLIP_MEAN, CLIP_STD, AttentionConfig, LlamaConfig, VisionConfig
 from l32jax.model.attention import Interval, Sight
 from l32jax.model.cache import KeyValue
-from l32jax.model.layers import GeluMLP, LayerNorm, Projection, gate_param, normal_param
+from l32jax.model.layers import (
+    GeluMLP,
+    LayerNorm,
+    Projection,
+    gate_param,
+    lora_of,
+    normal_param,
+)
 from l32jax.model.remat import Saved, remat
 from l32jax.sharding import activation_spec
 
@@ -23,10 +30,11 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         head_dim = config.embed_dim // config.num_heads
         sizes = {"d": config.embed_dim, "n": config.num_heads, "h": head_dim}
-        self.query = Projection(sizes, "d", "nh", rngs=rngs)
-        self.key = Projection(sizes, "d", "nh", rngs=rngs)
-        self.value = Projection(sizes, "d", "nh", rngs=rngs)
-        self.out = Projection(sizes, "nh", "d", rngs=rngs)
+        lora = config.lora
+        self.query = Projection(sizes, "d", "nh", lora=lora_of(lora, "query"), rngs=rngs)
+        self.key = Projection(sizes, "d", "nh", lora=lora_of(lora, "key"), rngs=rngs)
+        self.value = Projection(sizes, "d", "nh", lora=lora_of(lora, "value"), rngs=rngs)
+        self.out = Projection(sizes, "nh", "d", lora=lora_of(lora, "out"), rngs=rngs)
         self.scale = head_dim**-0.5
 
     def __call__(self, x: Float[Array, "j t d"], sees: Sight) -> Float[Array, "j t d"]:
@@ -41,7 +49,7 @@ class VisionBlock(nnx.Module):
         self.attention_norm = LayerNorm(config.embed_dim, config.norm_eps)
         self.attention = VisionAttention(config, rngs=rngs)
         self.mlp_norm = LayerNorm(config.embed_dim, config.norm_eps)
-        self.mlp = GeluMLP(config.embed_dim, config.mlp_dim, rngs=rngs)
+        self.mlp = GeluMLP(config.embed_dim, config.mlp_dim, lora=config.lora, rngs=rngs)
         self.attention_gate = gate_param() if gated else None
         self.mlp_gate = gate_param() if gated else None
 

@@ -8,6 +8,7 @@ from l32jax.data.rows import VisionShape
 from l32jax.data.sources.mixture import row_shape
 from l32jax.plan.workload import padded_tokens
 from l32jax.run_config import TrainConfig
+from l32jax.train.flops import reaches_tower
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ def _tower(vision: VisionShape, tiles: float, mesh: Mapping[str, int], trains) -
         together=1,
         share=mesh["tensor"],
         learns="vision_tower" in trains,
-        flows="vision_tower" in trains,
+        flows=reaches_tower(encoder, trains),
     )
 
 
@@ -190,5 +191,5 @@ def _tables(model: LlamaConfig, tokens: float, projected: float, trains) -> Tabl
         feature_dim=model.vision.feature_dim if model.vision else 0,
         learns="language_model" in trains,
         projector_learns="adapter" in trains,
-        features_flow="vision_tower" in trains,
+        features_flow=model.vision is not None and reaches_tower(model.vision, trains),
     )

@@ -4,16 +4,19 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from l32jax.config import LlamaConfig, Part
+from l32jax.config import DecoderConfig, LlamaConfig, Part
 from l32jax.objective_config import keeps_reference, models_beside
 from l32jax.plan.blocks import Block, Work
 from l32jax.plan.chips import Chip
 from l32jax.plan.program import Memory
 from l32jax.run_config import StageConfig, TrainConfig
 from l32jax.train.chunks import MAX_LOGITS
+from l32jax.train.flops import lora_weights
 
 LANES = 128
 HALF, WHOLE = 2, 4  # bytes of a number
+# Of a frozen number in a matrix; those of int4 share a scale by 32.
+FROZEN = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
 WORKING = 4  # of a layer's numbers, as many arrays at a time; more of them are inside of fusions
 FEATURES = 3  # copies of the encoder's features: as taps, side by side, and their gradient
 RESERVED = 2**28  # bytes that the compiler keeps for itself
@@ -37,8 +40,10 @@ def weights_of(model: LlamaConfig) -> dict[Part, int]:
     decoder = model.decoder
     heads, kv = (n * decoder.head_dim for n in (decoder.num_heads, decoder.num_kv_heads))
     block = decoder.embed_dim * (2 * heads + 2 * kv + 3 * decoder.mlp_dim)
-    tables = (1 if decoder.tied_embedding else 2) * decoder.vocab_size * decoder.embed_dim
+    tables = table_weights(decoder)
     found: dict[Part, int] = {"language_model": decoder.count("self") * block + tables}
+    if model.loras:
+        found["lora"] = sum(lora_weights(model).values())
     if vision := model.vision:
         layers = vision.num_local_layers + vision.num_global_layers
         one = 4 * vision.embed_dim**2 + 2 * vision.embed_dim * vision.mlp_dim
@@ -46,6 +51,11 @@ def weights_of(model: LlamaConfig) -> dict[Part, int]:
         found["adapter"] = decoder.count("cross") * block + projector
         found["vision_tower"] = layers * one
     return found
+
+
+def table_weights(decoder: DecoderConfig) -> int:
+    """Of words, looked up or scored."""
+    return (1 if decoder.tied_embedding else 2) * decoder.vocab_size * decoder.embed_dim
 
 
 def saved_bytes(block: Block, saved: str, chip: Chip) -> float:
@@ -97,8 +107,11 @@ def memory_of(
     """Bytes of one device, by parts."""
     stage = config.stages[number]
     learned, frozen = (_numbers(config, number, mesh, trains=trains) for trains in (True, False))
-    kept = HALF if config.params == "bfloat16" else WHOLE
-    params = learned * WHOLE + (frozen + _beside(config, number, mesh)) * kept
+    beside = _beside(config, number, mesh)
+    params = learned * WHOLE + (frozen + beside) * FROZEN[config.params]
+    if config.params in ("int8", "int4") and "language_model" not in stage.trains:
+        tables = table_weights(config.model.decoder) / (mesh["fsdp"] * mesh["tensor"])
+        params += tables * (HALF - FROZEN[config.params])  # never quantised
     moments = 0 if config.offload == "optimizer" else moment_bytes(stage)
     optimizer = learned * (moments + (0 if stage.average == "none" else WHOLE))
     batch = _batch_bytes(config, number, mesh)

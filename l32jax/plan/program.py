@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from l32jax.data.rows import FIELDS, make_row
 from l32jax.data.sources.mixture import row_shape
 from l32jax.errors import InputError
-from l32jax.model.llama import abstract_params
+from l32jax.model.llama import init_params
 from l32jax.model.parameters import on_mesh
+from l32jax.model.quantise import frozen_as
+from l32jax.objective_config import Teacher
 from l32jax.run_config import TrainConfig
 from l32jax.sharding import activation_spec
 from l32jax.train.accumulate import require_even_rows
@@ -83,12 +86,13 @@ def abstract_batch(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
 
 def abstract_teachers(config: TrainConfig, number: int, mesh: Mesh) -> Shapes:
     """The parameters that a stage's steps are given beside its state."""
-    dtype = jnp.dtype(config.params)
+
+    def kept(teacher: Teacher) -> Shapes:
+        return frozen_as(config.params, init_params(teacher.model, jax.random.key(0)))
+
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return tuple(
-            on_mesh(abstract_params(teacher.model, dtype), mesh)
-            for teacher in teachers_of(config.stages[number])
-        )
+        teachers = teachers_of(config.stages[number])
+        return tuple(on_mesh(jax.eval_shape(partial(kept, each)), mesh) for each in teachers)
 
 
 def compile_training(config: TrainConfig, number: int, mesh: Mesh) -> Compiled:
@@ -153,6 +157,7 @@ def device_bytes(shapes: Shapes) -> int:
         assert isinstance(leaf.sharding, NamedSharding)
         if leaf.sharding.memory_kind == "pinned_host":
             return 0
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        bits = jax.dtypes.itemsize_bits(leaf.dtype)  # int4 lies in half a byte
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
 
     return sum(map(size, jax.tree.leaves(shapes)))

@@ -25,15 +25,15 @@ def log_probabilities(model: Llama, batch: Batch, **options: Any) -> Float[Array
 
 def by_document(
     values: Float[Array, "b t"], document: Int[Array, "b t"], number: int
-) -> Float[Array, "b z"]:
+) -> Float[Array, "b u"]:
     """Sums over the first `number` documents of each row; padding is of document -1."""
     is_of = document[..., None] == jnp.arange(number)
     row = activation_spec("b")
-    return jnp.einsum("bt,btz->bz", values, is_of.astype(values.dtype), out_sharding=row)
+    return jnp.einsum("bt,btu->bu", values, is_of.astype(values.dtype), out_sharding=row)
 
 
 def of_pairs(
-    values: Float[Array, "b z"], pairs: Int[Array, "b q 2"]
+    values: Float[Array, "b u"], pairs: Int[Array, "b q 2"]
 ) -> tuple[Float[Array, "b q"], Float[Array, "b q"]]:
     """What the better and the worse document of each comparison have; anything where none is."""
     row = activation_spec("b")
@@ -41,6 +41,6 @@ def of_pairs(
 
     def of(which: Array) -> Array:
         is_it = which[..., None] == number
-        return jnp.einsum("bz,bqz->bq", values, is_it.astype(values.dtype), out_sharding=row)
+        return jnp.einsum("bu,bqu->bq", values, is_it.astype(values.dtype), out_sharding=row)
 
     return of(pairs[..., 0]), of(pairs[..., 1])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from l32jax.model.matrices import MatrixDims, matrix_dims
 from l32jax.model.parameters import Params, is_stacked, path_name
-from l32jax.train.matrices import MatrixDims, matrix_dims
 
 TINY = 1e-30  # of a matrix whose gradients are zeros, the moments are too
 MAX_UPDATE = 1.0  # its root mean square, by the matrix: factors miss single large entries

@@ -9,10 +9,11 @@ too. Nothing that is computed again in the backward pass is in either.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 
-from l32jax.config import LlamaConfig, Part, VisionConfig
+from l32jax.config import BlockKind, LlamaConfig, LoraConfig, Part, VisionConfig
 from l32jax.objective_config import Objective, models_beside
 
 TOKEN_MULTIPLE = 8  # `model.vision` pads the tokens of a tile to a multiple of this
@@ -122,6 +123,8 @@ def step_flops(model: LlamaConfig, trains: Iterable[Part], counts: Counts) -> di
     if model.vision is not None:
         found["adapter"] = _adapter(model, trained, counts)
         found["vision_tower"] = _vision_tower(model.vision, trained, counts)
+    if model.loras:
+        found["lora"] = _lora(model, trained, counts)
     return found
 
 
@@ -134,6 +137,46 @@ def flops_beside(objective: Objective, model: LlamaConfig, counts: Counts) -> di
         )
         for name, others in models_beside(objective, model).items()
     }
+
+
+def lora_weights(model: LlamaConfig) -> dict[BlockKind | Literal["tower"], int]:
+    """Numbers in the adapters, by the kind of block that they are in."""
+    decoder, vision = model.decoder, model.vision
+    heads, kv = (n * decoder.head_dim for n in (decoder.num_heads, decoder.num_kv_heads))
+    one = _of_block(decoder.lora, decoder.embed_dim, heads, kv, decoder.mlp_dim, gated=True)
+    found: dict[BlockKind | Literal["tower"], int] = {
+        "self": decoder.count("self") * one,
+        "cross": decoder.count("cross") * one,
+    }
+    if vision is not None:
+        width, layers = vision.embed_dim, vision.num_local_layers + vision.num_global_layers
+        one = _of_block(vision.lora, width, width, width, vision.mlp_dim, gated=False)
+        found["tower"] = layers * one
+    return found
+
+
+def _of_block(
+    lora: LoraConfig | None, width: int, heads: int, kv: int, mlp: int, *, gated: bool
+) -> int:
+    if lora is None:
+        return 0
+    sizes = {"query": heads, "key": kv, "value": kv, "out": heads, "up": mlp, "down": mlp}
+    sizes |= {"gate": mlp} if gated else {}
+    return lora.rank * sum(width + size for name, size in sizes.items() if name in lora.targets)
+
+
+def _lora(model: LlamaConfig, trained: frozenset[Part], counts: Counts) -> Flops:
+    """As products beside the others; keys and values of images count as if they were of text."""
+    sizes, learns, flow = lora_weights(model), "lora" in trained, bool(trained)
+    tokens = Flops(counts.tokens, counts.slots)
+    found = _product(sizes["self"], tokens, weights=learns, inputs=flow)
+    if model.vision is None or not counts.image_slots:
+        return found
+    looking = Flops(counts.looking, counts.slots)
+    found += _product(sizes["cross"], looking, weights=learns, inputs=flow)
+    tower = _tower_tokens(model.vision, counts)
+    inside = reaches_tower(model.vision, trained)
+    return found + _product(sizes["tower"], tower, weights=learns, inputs=inside)
 
 
 def _product(size: int, times: Flops, *, weights: bool, inputs: bool) -> Flops:
@@ -168,7 +211,10 @@ def _adapter(model: LlamaConfig, trained: frozenset[Part], counts: Counts) -> Fl
     assert vision is not None
     if not counts.image_slots:
         return Flops(0, 0)
-    towards_images = learns or "vision_tower" in trained
+    encoder = reaches_tower(vision, trained)
+    lora = decoder.lora if "lora" in trained else None
+    towards_images = learns or encoder
+    keys = towards_images or (lora is not None and not {"key", "value"}.isdisjoint(lora.targets))
     flow = bool(trained)
     per_tile = vision.tokens_per_tile
     projected = Flops(counts.tiles * per_tile, counts.image_slots * vision.max_tiles * per_tile)
@@ -178,31 +224,44 @@ def _adapter(model: LlamaConfig, trained: frozenset[Part], counts: Counts) -> Fl
     width, layers = decoder.embed_dim, decoder.count("cross")
     pairs = Flops(counts.vision_pairs, counts.vision_pairs)
     return (
-        _product(
-            vision.feature_dim * width, projected, weights=learns, inputs="vision_tower" in trained
-        )
+        _product(vision.feature_dim * width, projected, weights=learns, inputs=encoder)
         + layers * _product(2 * width * kv, image_tokens, weights=learns, inputs=towards_images)
         + layers
         * _product(
             width * (2 * heads + 3 * decoder.mlp_dim), text_tokens, weights=learns, inputs=flow
         )
-        + layers * _attention(heads, pairs, queries=flow, keys=towards_images)
+        + layers * _attention(heads, pairs, queries=flow, keys=keys)
     )
 
 
 def _vision_tower(vision: VisionConfig, trained: frozenset[Part], counts: Counts) -> Flops:
     """The whole canvas of every slot is encoded, whether an image is in it or not."""
-    learns = "vision_tower" in trained
-    per_tile, width = vision.tokens_per_tile, vision.embed_dim
-    canvas = vision.max_tiles * per_tile
-    padded = canvas + vision.max_tiles * (-per_tile % TOKEN_MULTIPLE)
-    tokens = Flops(counts.images * canvas, counts.image_slots * padded)
+    learns, flow = "vision_tower" in trained, reaches_tower(vision, trained)
+    width = vision.embed_dim
+    tokens = _tower_tokens(vision, counts)
+    canvas, padded = _canvas(vision)
     pairs = Flops(counts.images * canvas**2, counts.image_slots * padded**2)
     patches = vision.max_tiles * vision.grid**2 * Flops(counts.images, counts.image_slots)
     block = 4 * width**2 + 2 * width * vision.mlp_dim
     layers = vision.num_local_layers + vision.num_global_layers
     return (
         _product(3 * vision.patch_size**2 * width, patches, weights=learns, inputs=False)
-        + layers * _product(block, tokens, weights=learns, inputs=learns)
-        + layers * _attention(width, pairs, queries=learns, keys=learns)
+        + layers * _product(block, tokens, weights=learns, inputs=flow)
+        + layers * _attention(width, pairs, queries=flow, keys=flow)
     )
+
+
+def reaches_tower(vision: VisionConfig, trained: frozenset[Part]) -> bool:
+    """Whether gradients go into the encoder."""
+    return "vision_tower" in trained or ("lora" in trained and vision.lora is not None)
+
+
+def _canvas(vision: VisionConfig) -> tuple[int, int]:
+    """Tokens of an image's tiles, used or not; and with those that fill them up."""
+    canvas = vision.max_tiles * vision.tokens_per_tile
+    return canvas, canvas + vision.max_tiles * (-vision.tokens_per_tile % TOKEN_MULTIPLE)
+
+
+def _tower_tokens(vision: VisionConfig, counts: Counts) -> Flops:
+    canvas, padded = _canvas(vision)
+    return Flops(counts.images * canvas, counts.image_slots * padded)

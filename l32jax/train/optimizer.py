@@ -10,11 +10,12 @@ import optax
 import optax.contrib
 from jaxtyping import Array
 
+from l32jax.model.matrices import MatrixDims, is_projection, matrix_dims
 from l32jax.model.parameters import Params, path_name
 from l32jax.run_config import OptimizerConfig
 from l32jax.train.factored import scale_by_factored_moments
-from l32jax.train.matrices import MatrixDims, is_projection, matrix_dims
 
+DECAYED = ("/weight", "/lora_a", "/lora_b")
 MUON_RMS = 0.2  # of an update, as AdamW's are: the same rates fit (Liu et al., 2025, section 2.2)
 
 
@@ -56,7 +57,7 @@ def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
         eps=config.epsilon,
         mu_dtype=config.momentum,
         weight_decay=config.weight_decay,
-        mask=_ending("/weight"),
+        mask=_ending(DECAYED),
     )
 
 
@@ -92,7 +93,7 @@ _KINDS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 
 def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
     """Of what goes downhill already."""
-    return optax.add_decayed_weights(-config.weight_decay, _ending("/weight"))
+    return optax.add_decayed_weights(-config.weight_decay, _ending(DECAYED))
 
 
 def _muon_or_adamw(params: Params) -> Params:
@@ -140,6 +141,6 @@ def _compiler_sharded(inner: optax.GradientTransformation) -> optax.GradientTran
     return optax.GradientTransformation(inner.init, update)
 
 
-def _ending(suffix: str) -> Callable[[Params], Params]:
+def _ending(suffix: str | tuple[str, ...]) -> Callable[[Params], Params]:
     """The mask of the parameters whose names end like this."""
     return partial(jax.tree.map_with_path, lambda path, _: path_name(path).endswith(suffix))

@@ -86,13 +86,13 @@ def reward(
     return _summed(found, pairs[..., 0] >= 0)
 
 
-def rewards(model: Llama, batch: Batch, number: int, **options: Any) -> Float[Array, "b z"]:
+def rewards(model: Llama, batch: Batch, number: int, **options: Any) -> Float[Array, "b u"]:
     """Of the first `number` documents of each row, in whose last token they are read."""
     states = forward_batch(model, batch, **options).states
     everywhere = model.decoder.rewards(states)
     document, stop = batch["document"], batch["stop"]
     is_of = document[..., None] == jnp.arange(number)
-    ends = jnp.max(jnp.where(is_of, stop[..., None], 0), axis=1)  # [b z]
+    ends = jnp.max(jnp.where(is_of, stop[..., None], 0), axis=1)  # [b u]
     is_last = jnp.any(is_of & (stop[..., None] == ends[:, None]), axis=-1)
     return by_document(everywhere * is_last, document, number)
 

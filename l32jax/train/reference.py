@@ -1,21 +1,21 @@
 """The model that a policy is held against, as a part of its stage's state."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from l32jax.config import Stored
 from l32jax.model.parameters import Params
 from l32jax.objective_config import Dpo, Grpo, Objective, keeps_reference
 
 
-def begin_reference(objective: Objective, trainable: Params, frozen_dtype: Any) -> Params | None:
-    """A copy of what trains: in the dtype of frozen parameters if it stays as it is."""
+def begin_reference(objective: Objective, trainable: Params, frozen: Stored) -> Params | None:
+    """A copy of what trains: bfloat16 if it stays as it is, and frozen parameters are not float32."""
     if not keeps_reference(objective):
         return None
-    dtype = jnp.float32 if _is_moving(objective) else frozen_dtype
+    exact = _is_moving(objective) or frozen == "float32"
+    dtype = jnp.float32 if exact else jnp.bfloat16
     return optax.tree.cast(jax.tree.map(jnp.copy, trainable), dtype)
 
 

@@ -10,9 +10,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
-from l32jax.config import LlamaConfig
+from l32jax.config import LlamaConfig, Stored
 from l32jax.model.llama import bind, init_params
+from l32jax.model.matrices import is_projection
 from l32jax.model.parameters import Params, combine, on_mesh, partition, path_name, trains
+from l32jax.model.quantise import frozen_as, trainable
 from l32jax.model.resize import resize_positions
 from l32jax.objective_config import Distill, Dpo, Grpo, Reward, Teacher
 from l32jax.run_config import StageConfig, TrainConfig
@@ -21,7 +23,6 @@ from l32jax.train.average import averaged, begin_average
 from l32jax.train.bad_steps import Guard, begin_guard, judged, kept_if
 from l32jax.train.distillation import distill
 from l32jax.train.inside import part_norms
-from l32jax.train.matrices import is_projection
 from l32jax.train.objectives import Batch, Metrics, next_token
 from l32jax.train.offload import DEVICE, HOST, abstract_in_host_memory, in_memory
 from l32jax.train.optimizer import make_optimizer
@@ -67,38 +68,36 @@ def begin_stage(
     params: Params,
     *,
     seed: int,
-    frozen_dtype: Any = jnp.float32,
+    frozen: Stored = "float32",
     offload: bool = False,
 ) -> TrainState:
     """Step 0 of a stage that goes on from `params`: a fresh optimizer for what it trains.
 
     Args:
       config: the stage's model; the parameters may be of another image size, and of any dtype.
+      frozen: how parameters are kept that do not train; those that do are float32.
       offload: the optimizer's state is in the host's memory, and each step takes it there again.
     """
     if config.vision is not None:
         params = resize_positions(params, config.vision)
-    trainable, frozen = partition(params, trains(stage.trains, config))
-    trainable, frozen = (
-        optax.tree.cast(trainable, jnp.float32),
-        optax.tree.cast(frozen, frozen_dtype),
-    )
+    learning, others = partition(params, trains(stage.trains, config))
+    learning, others = trainable(learning), frozen_as(frozen, others)
     rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
-    opt_state = make_optimizer(stage.optimizer).init(trainable)
+    opt_state = make_optimizer(stage.optimizer).init(learning)
     return TrainState(
         jnp.int32(0),
-        combine(trainable, frozen),
+        combine(learning, others),
         in_memory(HOST, opt_state) if offload else opt_state,
         rng,
-        begin_average(stage, trainable),
+        begin_average(stage, learning),
         begin_guard(),
-        begin_reference(stage.objective, trainable, frozen_dtype),
+        begin_reference(stage.objective, learning, frozen),
     )
 
 
 def begin_options(config: TrainConfig) -> dict[str, Any]:
     """What `begin_stage` is told of a run."""
-    return {"frozen_dtype": jnp.dtype(config.params), "offload": config.offload == "optimizer"}
+    return {"frozen": config.params, "offload": config.offload == "optimizer"}
 
 
 def abstract_state(config: TrainConfig, number: int, mesh: Mesh) -> TrainState:
@@ -125,7 +124,7 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 def stage_step(config: TrainConfig, number: int) -> Step:
     """The step of a run's stage."""
     stage = config.stages[number]
-    matrix_dtype = jnp.dtype(config.dtype if config.params == "bfloat16" else "float32")
+    matrix_dtype = jnp.dtype("float32" if config.params == "float32" else config.dtype)
     return make_train_step(
         config.model_of(number),
         stage,

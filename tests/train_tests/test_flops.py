@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from l32jax.config import DecoderConfig, LlamaConfig, Part, VisionConfig
+from l32jax.config import DecoderConfig, LlamaConfig, LoraConfig, Part, VisionConfig
 from l32jax.model import llama
 from l32jax.model.parameters import combine, count, partition, trains
 from l32jax.presets import LLAMA3_2_1B, LLAMA3_2_11B_VISION
 from l32jax.sharding import single_device_mesh
-from l32jax.train.flops import Counts, Flops, peak, step_flops
+from l32jax.train.flops import Counts, Flops, lora_weights, peak, step_flops
 
 # Every scan has one turn, as XLA counts the body of a loop once; wide, as it also counts what is
 # done element by element.
@@ -39,6 +39,9 @@ VISION = LlamaConfig(
         max_tiles=4,
     ),
 )
+LORA = LoraConfig(rank=8)
+TEXT_LORA = LlamaConfig(decoder=dataclasses.replace(DECODER, lora=LORA))
+VISION_LORA = dataclasses.replace(VISION, decoder=dataclasses.replace(VISION.decoder, lora=LORA))
 ROWS, LENGTH = 2, 128
 
 
@@ -83,8 +86,11 @@ def counted_by_xla(model: LlamaConfig, parts: tuple[Part, ...]) -> float:
         (VISION, ("language_model", "vision_tower", "adapter")),
         (VISION, ("vision_tower", "adapter")),
         (VISION, ("adapter",)),
+        (TEXT_LORA, ("lora",)),
+        (VISION_LORA, ("lora",)),
+        (VISION_LORA, ("vision_tower", "adapter")),
     ],
-    ids=["text", "all", "stage", "adapter"],
+    ids=["text", "all", "stage", "adapter", "lora", "vision lora", "frozen lora"],
 )
 def test_a_step_without_padding_costs_what_xla_counts(model, parts):
     counts = Counts.of(full_batch(model))
@@ -128,6 +134,14 @@ LLAMA3_2_11B_VISION_SHAPES = dataclasses.replace(
     LLAMA3_2_11B_VISION,
     vision=dataclasses.replace(LLAMA3_2_11B_VISION.vision, image_size=56),
 )
+
+
+def test_adapters_are_counted_as_many_as_there_are():
+    vision = dataclasses.replace(VISION_LORA.vision, lora=LORA)
+    model = dataclasses.replace(VISION_LORA, vision=vision)
+    with jax.set_mesh(single_device_mesh()):
+        lora, _ = partition(llama.abstract_params(model), trains(("lora",), model))
+    assert sum(lora_weights(model).values()) == count(lora)
 
 
 def test_padding_is_done_but_of_no_use():

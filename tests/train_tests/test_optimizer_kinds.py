@@ -9,11 +9,11 @@ import pytest
 
 from l32jax.config import MeshConfig
 from l32jax.model.llama import abstract_params, shapes_of
+from l32jax.model.matrices import is_projection, matrix_dims
 from l32jax.model.parameters import flatten
 from l32jax.presets import LLAMA3_2_11B_VISION
 from l32jax.run_config import OptimizerConfig
 from l32jax.sharding import make_mesh, single_device_mesh
-from l32jax.train.matrices import is_projection, matrix_dims
 from l32jax.train.optimizer import make_optimizer
 from tests.checkpoint_tests.weights import random_params
 from tests.train_tests.small import MODEL

@@ -24,7 +24,7 @@ def dtypes(tree) -> dict[str, np.dtype]:
 
 
 def begun(parts, params):
-    return jax.jit(partial(begin_stage, MODEL, stage(parts), seed=0, frozen_dtype=HALF))(params)
+    return jax.jit(partial(begin_stage, MODEL, stage(parts), seed=0, frozen="bfloat16"))(params)
 
 
 def test_a_stage_stores_what_it_trains_in_float32_and_the_rest_in_bfloat16():
@@ -47,7 +47,7 @@ def test_masters_keep_what_bfloat16_would_lose_and_the_loss_falls():
     mesh, chosen = single_device_mesh(), stage(TRUNK, clip_norm=1e9)
     objective = partial(next_token, dtype=HALF)
     with jax.set_mesh(mesh):
-        state = jax.jit(partial(init_state, TEXT, chosen, 0, frozen_dtype=HALF))()
+        state = jax.jit(partial(init_state, TEXT, chosen, 0, frozen="bfloat16"))()
         before = jax.tree.map(np.array, state.params)
         step = make_train_step(TEXT, chosen, objective, matrix_dtype=HALF)
         batch = place(rows(4, images=False), mesh)

@@ -30,6 +30,7 @@ def matrix_dims(path: str, ndim: int) -> MatrixDims | None:
     first = int(is_stacked(path))
     if ndim - first < 2 or path.endswith("/bias"):
         return None
-    # Attention's output has several dimensions of input, [d n h]; all else several of output.
-    last_row = first + 1 if path.endswith("/out/weight") else ndim - 1
+    # Attention's output has several dimensions of input, [d n h], and lora_a may, [r n h]; all else
+    # several of output.
+    last_row = first + 1 if path.endswith(("/out/weight", "/lora_a")) else ndim - 1
     return MatrixDims(tuple(range(first, last_row)), tuple(range(last_row, ndim)))
