@@ -37,6 +37,10 @@ VERBS = {
         "sample:sample",
         "Draws many answers to each prompt, and keeps the best as data to tune with.",
     ),
+    "rounds": Verb("rounds:rounds", "Samples, scores and learns from the best, round after round."),
+    "judge": Verb(
+        "judge:judge", "Asks a reward model which answers are better, and how sure it is."
+    ),
     "plan": Verb(
         "plan:plan",
         "Plans a run for a machine that is not here: does it fit, and how fast does it go?",
@@ -59,7 +63,7 @@ VERBS = {
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every byte of a checkpoint by its digests."),
 }
-COMPUTING = {"quickstart", "generate", "chat", "train", "score", "sample"}
+COMPUTING = {"quickstart", "generate", "chat", "train", "score", "sample", "rounds", "judge"}
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 

@@ -133,7 +133,7 @@ def vision_aligned(model: LlamaConfig, *, start_from: str, directory: str) -> Tr
     """
     rows = DataConfig(
         mixture=(("data/visual_instructions", 0.8), ("data/text_instructions", 0.2)),
-        batch_size=256,
+        batch_size=512,
         length=4096,
         max_images=8,
         vision_tiles=32,
@@ -141,7 +141,7 @@ def vision_aligned(model: LlamaConfig, *, start_from: str, directory: str) -> Tr
     )
     pairs = DataConfig(
         mixture=(("data/visual_preferences", 0.8), ("data/text_preferences", 0.2)),
-        batch_size=256,
+        batch_size=512,
         length=4096,
         max_images=8,
         vision_tiles=32,

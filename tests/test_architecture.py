@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each floor imports only from those below it, and from itself. Floors beside each other are
 # strangers.
 FLOORS = [
-    {"errors", "config", "config_text", "objective_config", "run_config"},
+    {"errors", "config", "config_text", "objective_config", "run_config", "rounds_config"},
     {"cluster"},
     {"presets", "recipes", "post_training"},
     {"sharding"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"align"},
     {"api"},
     {"conversion", "evaluate", "plan"},
-    {"quickstart"},
+    {"quickstart", "rounds"},
     {"cli"},
     {"__main__"},
 ]
@@ -34,6 +34,7 @@ NARROW = {  # fewer than their floor would allow
     "config_text": {"errors"},
     "objective_config": {"errors", "config"},
     "run_config": {"errors", "config", "objective_config"},
+    "rounds_config": {"errors", "config", "objective_config", "run_config"},
     "recipes": {"config", "objective_config", "run_config"},
     "post_training": {"config", "objective_config", "run_config", "recipes"},
     "data": {

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,7 @@ class Beside(NamedTuple):
     open_rows: "OpenRows"
 
 
+@runtime_checkable
 class Fed(Protocol):
     """What a stage is fed with: `Batches`, or what answers with the policy that is set."""
 

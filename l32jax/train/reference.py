@@ -11,7 +11,7 @@ from l32jax.objective_config import Dpo, Grpo, Objective, keeps_reference
 
 
 def begin_reference(objective: Objective, trainable: Params, frozen: Stored) -> Params | None:
-    """A copy of what trains: bfloat16 if it stays as it is, and frozen parameters are not float32."""
+    """A copy of what trains; bfloat16 if it stays, unless frozen parameters are float32."""
     if not keeps_reference(objective):
         return None
     exact = _is_moving(objective) or frozen == "float32"

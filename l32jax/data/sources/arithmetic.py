@@ -1,7 +1,8 @@
 """Sums to be done, whose answers can be verified: a small task that needs no file.
 
 "What is 47 + 85?" is answered with the steps that lead there, "7 + 5 = 12, 4 + 8 + 1 = 13, 132": a
-digit at a time, as it is done on paper. A tenth of the sums is the test.
+digit at a time, as it is done on paper. A tenth of the sums is the test; train/0, train/1 and so on
+are a thousand each of the others.
 """
 
 import hashlib
@@ -14,19 +15,26 @@ from l32jax.errors import InputError
 
 Split = Literal["train", "test"]
 PREFIX = "arithmetic/"
-LARGEST = 99
+LARGEST, PART = 99, 1000
 
 
 class Arithmetic:
     """The sums of two numbers of a split, in an order that looks random; a `Part`."""
 
-    def __init__(self, split: str):
-        if split not in get_args(Split):
+    def __init__(self, name: str):
+        split, slash, part = name.partition("/")
+        if split not in get_args(Split) or (slash and not part.isdecimal()):
             raise InputError(
-                f"source {PREFIX + split!r} in the mixture: there is none; use {PREFIX}train or "
-                f"{PREFIX}test"
+                f"source {PREFIX + name!r} in the mixture: there is none; use {PREFIX}train, "
+                f"{PREFIX}train/0 or {PREFIX}test"
             )
-        self._sums = sorted(_sums(split), key=_mark)
+        sums = sorted(_sums(split), key=_mark)
+        self._sums = sums[int(part) * PART :][:PART] if slash else sums
+        if not self._sums:
+            raise InputError(
+                f"source {PREFIX + name!r} in the mixture: {split} has {len(sums)} sums, and no "
+                "such part; give a lower number"
+            )
 
     def __len__(self) -> int:
         return len(self._sums)

@@ -1,0 +1,184 @@
+"""Rounds of post-training: sample, score, learn from the best, learn from comparisons, again.
+
+    <directory>/rounds.json           a row of numbers for each finished round
+    <directory>/round_1/answers/      what was sampled: best.jsonl, pairs.jsonl
+    <directory>/round_1/unseen/       the same of the held-out prompts: what rewards are judged by
+    <directory>/round_1/reward/       the run that makes the reward model
+    <directory>/round_1/run/          the run that makes the next model
+
+Each part is kept when it is done, and goes on where it was if it was not.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from l32jax import api
+from l32jax.align.judging import Judge
+from l32jax.align.output import Report
+from l32jax.align.prompts import Prompt, prompt_of
+from l32jax.align.run import Scoring, sample
+from l32jax.align.sampling import Engine, answers, fingerprint
+from l32jax.align.verifiers import verdict, verifier
+from l32jax.config_text import to_json
+from l32jax.data.records import Bad
+from l32jax.data.sources.open import open_records
+from l32jax.errors import InputError
+from l32jax.evaluate.reward import preferences
+from l32jax.generate.model import Model
+from l32jax.rounds_config import BEST, PAIRS, RoundsConfig
+from l32jax.run_config import StageConfig, TrainConfig
+
+ROUNDS, CONFIG = "rounds.json", "rounds_config.json"
+SEEDS = 1_000_003  # between those of rounds
+Row = dict[str, Any]
+
+
+@runtime_checkable
+class Progress(Protocol):
+    def begin(self, what: str, total: int) -> None: ...
+    def advance(self, amount: int) -> None: ...
+
+
+def run_rounds(config: RoundsConfig, progress: Progress) -> list[Row]:
+    """What is left of the rounds; a row of numbers for each, the start's first.
+
+    Raises:
+      InputError: a source or model is wrong, or the folder has rounds of another config.
+    """
+    directory = Path(config.run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _require_same(directory / CONFIG, config)
+    assert config.run.start_from is not None
+    rows = _read(directory / ROUNDS)
+    start = config.run.start_from
+    if not rows:
+        rows = [{"round": 0, "accuracy": _accuracy(api.load(start), config)}]
+        _write(directory / ROUNDS, rows)
+    for number in range(1, config.rounds + 1):
+        folder = directory / f"round_{number}"
+        if len(rows) <= number:
+            judge = directory / f"round_{number - 1}" / "reward"
+            rows.append(_round(config, number, folder, start, judge, progress))
+            _write(directory / ROUNDS, rows)
+        start = str(folder / "run")
+    return rows
+
+
+def _round(
+    config: RoundsConfig, number: int, folder: Path, start: str, judge: Path, progress: Progress
+) -> Row:
+    """A round from the model at `start`, whose answers are ranked by `judge`, if that is there."""
+    model = api.load(start)
+    ranked = Judge(api.load(judge)) if config.reward is not None and judge.exists() else None
+    prompts = config.prompts[(number - 1) % len(config.prompts)]
+    report = _sampled(config, number, prompts, folder / "answers", model, ranked, progress)
+    row: Row = {
+        "round": number,
+        "sampled_right": report.share_right,
+        "any_right": report.share_of_prompts_with_a_right_answer,
+    }
+    if config.reward is not None:
+        _sampled(config, number, config.held_out, folder / "unseen", model, None, progress)
+        del model, ranked
+        rewarding = api.run(_reward_run(config, config.reward, folder, start))
+        found = preferences(rewarding, str(folder / "unseen" / "pairs.jsonl"))
+        row |= {"reward_accuracy": found.accuracy, "reward_calibration": found.calibration}
+        del rewarding
+    trained = api.run(_policy_run(config, folder, start))
+    return row | {"accuracy": _accuracy(trained, config)}
+
+
+def _sampled(
+    config: RoundsConfig,
+    number: int,
+    source: str,
+    folder: Path,
+    model: Model,
+    judge: Judge | None,
+    progress: Progress,
+) -> Report:
+    sampling = dataclasses.replace(config.sampling, seed=config.sampling.seed + number * SEEDS)
+    return sample(
+        source,
+        folder,
+        Engine(model, sampling, config.answers, config.rows),
+        number=config.answers,
+        scoring=Scoring(verifier(config.verifier), judge),
+        settings={
+            "verifier": config.verifier,
+            "parameters": fingerprint(model.params),
+            "sampling": dataclasses.asdict(sampling),
+        },
+        progress=progress,
+    )
+
+
+def _reward_run(config: RoundsConfig, stage: StageConfig, folder: Path, start: str) -> TrainConfig:
+    return dataclasses.replace(
+        config.run,
+        model=dataclasses.replace(config.run.model, reward_head=True),
+        stages=(_on(stage, folder / "answers"),),
+        directory=str(folder / "reward"),
+        start_from=start,
+    )
+
+
+def _policy_run(config: RoundsConfig, folder: Path, start: str) -> TrainConfig:
+    return dataclasses.replace(
+        config.run,
+        stages=tuple(_on(stage, folder / "answers") for stage in config.run.stages),
+        directory=str(folder / "run"),
+        start_from=start,
+    )
+
+
+def _on(stage: StageConfig, answers: Path) -> StageConfig:
+    """A stage that learns from what was sampled there."""
+    files = {name: str(answers / f"{name}.jsonl") for name in (BEST, PAIRS)}
+    mixture = tuple((files.get(name, name), weight) for name, weight in stage.data.mixture)
+    return dataclasses.replace(stage, data=dataclasses.replace(stage.data, mixture=mixture))
+
+
+def _accuracy(model: Model, config: RoundsConfig) -> float:
+    """Of greedy answers to the held-out prompts."""
+    check = verifier(config.verifier)
+    greedy = dataclasses.replace(config.sampling, temperature=0.0)
+    asked = _prompts(config.held_out)
+    told = answers(model, asked, number=1, sampling=greedy, rows=config.rows)
+    scores = [verdict(check, one.text, one.prompt.truth).score for (one,) in told]
+    return float(np.mean(scores))
+
+
+def _prompts(source: str) -> Sequence[Prompt]:
+    records = open_records(source)
+    found = [records[number] for number in range(len(records))]
+    prompts = [each if isinstance(each, Bad) else prompt_of(each) for each in found]
+    usable = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    if not usable:
+        raise InputError(f"held_out={source!r} of rounds: nothing in it can be asked")
+    return usable
+
+
+def _require_same(path: Path, config: RoundsConfig) -> None:
+    """More rounds may follow; all else is as it was."""
+    told = json.loads(to_json(dataclasses.replace(config, rounds=1)))
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != told:
+        raise InputError(
+            f"rounds in {path.parent}: they have another config; give that, or another directory"
+        )
+    _write(path, told)
+
+
+def _read(path: Path) -> list[Row]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _write(path: Path, content: Any) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
