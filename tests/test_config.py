@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l32jax.config import Compat, DecoderConfig, LlamaConfig, MeshConfig, RopeScaling, VisionConfig
+from l32jax.config import (
+    Compat,
+    DecoderConfig,
+    LlamaConfig,
+    LoraConfig,
+    MeshConfig,
+    RopeScaling,
+    VisionConfig,
+)
 from l32jax.config_text import changed_fields, from_json, override, to_json
 from l32jax.errors import InputError
 from l32jax.presets import PRESETS, TINY_TEXT, TINY_VISION
@@ -135,6 +143,21 @@ def test_changed_fields_are_those_of_an_override():
 @pytest.mark.parametrize("config", [RUN, *PRESETS.values()])
 def test_json_round_trip_is_exact(config):
     assert from_json(type(config), to_json(config)) == config
+
+
+def test_json_of_before_lora_is_still_read():
+    content = json.loads(to_json(RUN))
+    del content["trunk_from"]
+    for part in ("decoder", "vision"):
+        if content["model"][part] is not None:
+            del content["model"][part]["lora"]
+    assert from_json(TrainConfig, json.dumps(content)) == RUN
+
+
+def test_lora_is_given_field_by_field():
+    run = override(override(RUN, "model.decoder.lora.rank=8"), "model.decoder.lora.alpha=4")
+    assert run.model.decoder.lora == LoraConfig(rank=8, alpha=4.0)
+    assert run.model.without_lora() == RUN.model
 
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

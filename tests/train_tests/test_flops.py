@@ -86,7 +86,7 @@ def counted_by_xla(model: LlamaConfig, parts: tuple[Part, ...]) -> float:
         (VISION, ("language_model", "vision_tower", "adapter")),
         (VISION, ("vision_tower", "adapter")),
         (VISION, ("adapter",)),
-        (TEXT_LORA, ("lora",)),
+        (TEXT_LORA, ("language_model", "lora")),
         (VISION_LORA, ("lora",)),
         (VISION_LORA, ("vision_tower", "adapter")),
     ],
