@@ -10,18 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from tyro.conf import arg
 
 from l32jax.cli import INTERRUPTED, runs
+from l32jax.cli.bar import Bar
 from l32jax.cli.stopping import stoppable
 from l32jax.config_text import override
 from l32jax.errors import InputError
@@ -77,7 +70,7 @@ def prepare(
 
     config = read_config(what, tokenizer)
     try:
-        with stoppable(), closing(_Bar()) as bar:
+        with stoppable(), closing(Bar()) as bar:
             index = run(config, _runner(workers, beam, beam_options, ray), bar)
     except KeyboardInterrupt:
         print(
@@ -227,29 +220,3 @@ def _table(index: dict[str, Any]) -> Table:
         else:
             table.add_row(name, f"{value:,}")
     return table
-
-
-class _Bar:
-    """Which step it is, how much of it is done, and the time that is left, on stderr."""
-
-    def __init__(self):
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task: TaskID | None = None
-
-    def begin(self, what: str, total: int) -> None:
-        self._bar.start()
-        self._task = self._bar.add_task(what, total=total)
-
-    def advance(self, amount: int) -> None:
-        assert self._task is not None
-        self._bar.advance(self._task, amount)
-
-    def close(self) -> None:
-        if self._task is not None:  # it would print an empty line
-            self._bar.stop()
