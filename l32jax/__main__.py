@@ -42,6 +42,9 @@ VERBS = {
         "Lists the runs below a folder: how far they are, how they do, and whether they are alive.",
     ),
     "convert": Verb("convert:convert", "Converts a checkpoint into another format."),
+    "prune": Verb(
+        "prune:prune", "Makes a smaller model out of a larger one, to be distilled into."
+    ),
     "data prepare": Verb(
         "data:prepare",
         "Makes a folder of shuffled samples, ready to be trained on, from files of records.",
@@ -52,7 +55,7 @@ VERBS = {
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every byte of a checkpoint by its digests."),
 }
-COMPUTING = {"quickstart", "generate", "chat", "train"}
+COMPUTING = {"quickstart", "generate", "chat", "train", "prune"}
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 
