@@ -50,6 +50,9 @@ VERBS = {
         "Lists the runs below a folder: how far they are, how they do, and whether they are alive.",
     ),
     "convert": Verb("convert:convert", "Converts a checkpoint into another format."),
+    "prune": Verb(
+        "prune:prune", "Makes a smaller model out of a larger one, to be distilled into."
+    ),
     "data prepare": Verb(
         "data:prepare",
         "Makes a folder of shuffled samples, ready to be trained on, from files of records.",
@@ -63,7 +66,9 @@ VERBS = {
     "config show": Verb("runs:show_config", "Prints the config that a run would have, as JSON."),
     "checkpoint verify": Verb("runs:verify", "Verifies every byte of a checkpoint by its digests."),
 }
-COMPUTING = {"quickstart", "generate", "chat", "train", "score", "sample", "rounds", "judge"}
+COMPUTING = {
+    "quickstart", "generate", "chat", "train", "score", "sample", "rounds", "judge", "prune",
+}  # fmt: skip
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 

@@ -25,7 +25,9 @@ hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
 # Their programs run for moments and compile for long, in processes of their own too.
-QUICKLY_COMPILED = {"align_tests", "model_tests", "train_tests", "launch_tests"}
+QUICKLY_COMPILED = {
+    "align_tests", "compress_tests", "model_tests", "train_tests", "launch_tests",
+}  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)

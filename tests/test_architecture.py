@@ -19,7 +19,7 @@ FLOORS = [
     {"kernels"},
     {"model"},
     {"checkpoint", "data"},
-    {"generate", "train"},
+    {"compress", "generate", "train"},
     {"align"},
     {"api"},
     {"conversion", "evaluate", "plan"},

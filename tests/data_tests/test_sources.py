@@ -183,3 +183,18 @@ def test_samples_come_from_every_kind_of_source(tmp_path):
         assert sent[1].documents == source[1].documents
     blind = open_source(name, tokenizer, with_images=False)[0]
     assert isinstance(blind, Bad)
+
+
+def test_pythons_reference_is_two_sets_of_documents_to_learn_throughout():
+    tokenizer = Tokenizer.bytes_only()
+    train, test = (
+        open_source(f"python-docs/{split}", tokenizer, with_images=False)
+        for split in ("train", "test")
+    )
+    places = {split[index].place for split in (train, test) for index in range(len(split))}
+    assert len(places) == len(train) + len(test) and len(train) // len(test) in (7, 8)
+    (document,) = test[0].documents
+    assert "expression" in tokenizer.decode(document.tokens)
+    assert list(document.weights) == [0.0] + [1.0] * (len(document.tokens) - 1)
+    with pytest.raises(InputError, match="train, test"):
+        open_source("python-docs/tset", tokenizer, with_images=False)

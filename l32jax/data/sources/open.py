@@ -2,6 +2,7 @@
 
 easy-vqa/NAME, charts/NAME   sets that come with the package: see `easy_vqa` here, `charts.source`
 arithmetic/NAME              the same: see `arithmetic`
+python-docs/NAME             the text of Python's reference: see `python_docs` here
 PATH.jsonl                   JSON lines
 PATH.parquet                 Parquet
 PATH.tar                     WebDataset's
@@ -27,11 +28,12 @@ from l32jax.data.sources.chained import Chained, Part
 from l32jax.data.sources.easy_vqa import KINDS, EasyVqaSamples
 from l32jax.data.sources.jsonl import JsonLines
 from l32jax.data.sources.parquet import ParquetRows
+from l32jax.data.sources.python_docs import open_python_docs
 from l32jax.data.sources.tar import TarRecords
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 
-EASY_VQA, CHARTS = "easy-vqa/", "charts/"
+EASY_VQA, CHARTS, PYTHON_DOCS = "easy-vqa/", "charts/", "python-docs/"
 INDEX, SPLITS = "index.json", "dataset_dict.json"
 READERS: dict[str, Callable[[File], Part]] = {
     ".jsonl": JsonLines,
@@ -55,6 +57,8 @@ def open_source(
         from l32jax.data.charts.source import open_charts  # its typefaces take time to load
 
         return open_charts(name.removeprefix(CHARTS), tokenizer, with_images)
+    if name.startswith(PYTHON_DOCS):
+        return open_python_docs(name.removeprefix(PYTHON_DOCS), tokenizer)
     if is_prepared(name):
         from l32jax.data.shards import open_shards
 
@@ -83,7 +87,8 @@ def open_records(name: str) -> Sequence[Record | Bad]:
     if not kinds:
         raise InputError(
             f"source {name!r} in the mixture: unknown; use {EASY_VQA}{', '.join(KINDS)}, "
-            f"{CHARTS}train, or files that end with {', '.join(READERS)}"
+            f"{CHARTS}train, {PYTHON_DOCS}train, or files that end with "
+            f"{', '.join(READERS)}"
         )
     if len(kinds) > 1:
         raise InputError(
