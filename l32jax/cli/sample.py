@@ -18,6 +18,7 @@ from l32jax.config import MeshConfig, SamplingConfig
 from l32jax.errors import InputError
 
 if TYPE_CHECKING:
+    from l32jax.align.judging import Judge
     from l32jax.align.output import Report
     from l32jax.align.run import Answerer
 
@@ -34,6 +35,7 @@ def sample(
     *,
     answers: int = 16,
     verifier: Annotated[str | None, arg(metavar="NAME")] = None,
+    reward: Annotated[str | None, arg(metavar="PATH")] = None,
     rows: int = 64,
     mesh: str | None = None,
     endpoint: Annotated[str | None, arg(metavar="ADDRESS")] = None,
@@ -59,6 +61,7 @@ def sample(
       destination: the folder to make, or to go on with.
       answers: to each prompt.
       verifier: what says whether an answer is right.
+      reward: a reward model, which ranks answers; those that are right, if there is a verifier.
       rows: answers drawn at a time; as many as there is memory for.
       mesh: devices along the mesh axes, like data=8; by default one device.
       endpoint: a server that speaks OpenAI's chat completions, where --model is a name; its key is
@@ -68,12 +71,15 @@ def sample(
     _check(sampling, answers, rows, mesh, endpoint)
     from l32jax.align import run, verifiers
 
-    if verifier is None:
-        raise InputError("answers to choose from: nothing scores them; give --verifier")
-    scoring = run.Scoring(verifiers.verifier(verifier))
+    if verifier is None and reward is None:
+        raise InputError(
+            "answers to choose from: nothing scores them; give --verifier, --reward or both"
+        )
+    check = None if verifier is None else verifiers.verifier(verifier)
     try:
         with stoppable(), closing(Bar()) as bar:
-            settings: dict[str, Any] = {"verifier": verifier}
+            scoring = run.Scoring(check, None if reward is None else _judge(reward))
+            settings: dict[str, Any] = {"verifier": verifier, "reward": reward}
             if endpoint is None:
                 answerer, found = _engine(model, sampling, answers, rows, mesh)
             else:
@@ -108,6 +114,13 @@ def _check(
         raise InputError(f"--temperature 0 for {answers} answers: all would be equal; raise it")
     if mesh is not None and endpoint is not None:
         raise InputError(f"--mesh {mesh} with --endpoint: it is for a model here; leave one out")
+
+
+def _judge(path: str) -> "Judge":
+    from l32jax import api
+    from l32jax.align.judging import Judge
+
+    return Judge(api.load(path))
 
 
 def _engine(
