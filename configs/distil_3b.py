@@ -6,8 +6,7 @@
 
 Meta says which models taught it, and that it was pruned first; how the teachers count is ours, and
 so are the steps. Data: folders made by `l32jax data prepare`, see docs/data.md. Hardware: a pod;
-nothing of this size was run here. What the same does for a small model with real weights:
-docs/distillation.md.
+nothing of this size was run here.
 """
 
 from l32jax.objective_config import Teacher
