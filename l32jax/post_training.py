@@ -7,7 +7,7 @@ numbers are ours. Functions give stages; a config in configs/ is a chain of them
 
 from l32jax.config import LlamaConfig, Part
 from l32jax.objective_config import Distill, Dpo, Reward, Teacher
-from l32jax.recipes import SEEING
+from l32jax.recipes import SEEING, TEXT_SHARES
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 
 TEXT: tuple[Part, ...] = ("language_model",)
@@ -103,12 +103,7 @@ def distilled(
 ) -> TrainConfig:
     """A text model of the family from its pruned parent, at full size, 4M tokens a step."""
     data = DataConfig(
-        mixture=(
-            ("data/general", 0.50),
-            ("data/reasoning", 0.25),
-            ("data/code", 0.17),
-            ("data/multilingual", 0.08),
-        ),
+        mixture=TEXT_SHARES,
         batch_size=512,
         length=8192,
         workers=8,

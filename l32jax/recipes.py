@@ -13,6 +13,14 @@ from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainCon
 
 SEEING: tuple[Part, ...] = ("vision_tower", "adapter")  # the language model is frozen
 
+# Of the text of pretraining, in folders that `l32jax data prepare` made.
+TEXT_SHARES = (
+    ("data/general", 0.50),
+    ("data/reasoning", 0.25),
+    ("data/code", 0.17),
+    ("data/multilingual", 0.08),
+)
+
 # Six stages from 8K to 128K; which lengths lie between is ours.
 LONG_LENGTHS = (16_384, 32_768, 49_152, 65_536, 98_304, 131_072)
 
@@ -183,12 +191,7 @@ def text_run(model: LlamaConfig, *, peak_lr: float, directory: str, tokenizer: s
     the beginning are left out.
     """
     data = DataConfig(
-        mixture=(
-            ("data/general", 0.50),
-            ("data/reasoning", 0.25),
-            ("data/code", 0.17),
-            ("data/multilingual", 0.08),
-        ),
+        mixture=TEXT_SHARES,
         batch_size=2048,
         length=8192,
         workers=8,

@@ -19,6 +19,7 @@ from l32jax.align.prompts import Prompt, Wanted, prompt_of
 from l32jax.align.sampling import Answer
 from l32jax.align.verifiers import Verifier, unverifiable, verdict
 from l32jax.checkpoint.engine.locks import take
+from l32jax.checkpoint.engine.transfer import Progress
 from l32jax.data.chat import Message
 from l32jax.data.images import ImageSource
 from l32jax.data.records import Bad, Record
@@ -43,12 +44,6 @@ class Answerer(Protocol):
     def answers(self, wanted: Sequence[Wanted]) -> Generator[list[Answer] | Bad, None, None]:
         """Answers to one prompt at a time as they come; Bad for a prompt that is refused."""
         ...
-
-
-@runtime_checkable
-class Progress(Protocol):
-    def begin(self, what: str, total: int) -> None: ...
-    def advance(self, amount: int) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,17 +13,18 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from l32jax import api
 from l32jax.align.judging import Judge
-from l32jax.align.output import Report
+from l32jax.align.output import Report, appearing
 from l32jax.align.prompts import Prompt, prompt_of
 from l32jax.align.run import Scoring, sample
 from l32jax.align.sampling import Engine, answers, fingerprint
 from l32jax.align.verifiers import verdict, verifier
+from l32jax.checkpoint.engine.transfer import Progress
 from l32jax.config_text import to_json
 from l32jax.data.records import Bad
 from l32jax.data.sources.open import open_records
@@ -36,12 +37,6 @@ from l32jax.run_config import StageConfig, TrainConfig
 ROUNDS, CONFIG = "rounds.json", "rounds_config.json"
 SEEDS = 1_000_003  # between those of rounds
 Row = dict[str, Any]
-
-
-@runtime_checkable
-class Progress(Protocol):
-    def begin(self, what: str, total: int) -> None: ...
-    def advance(self, amount: int) -> None: ...
 
 
 def run_rounds(config: RoundsConfig, progress: Progress) -> list[Row]:
@@ -179,6 +174,5 @@ def _read(path: Path) -> list[Row]:
 
 
 def _write(path: Path, content: Any) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with appearing(path.parent, path.name) as (file,):
+        file.write(json.dumps(content, indent=2) + "\n")
