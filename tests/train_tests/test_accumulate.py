@@ -43,7 +43,7 @@ def stepped(accumulate: int, mesh) -> tuple[dict, dict]:
         state = jax.jit(begin)(random_params(TEXT, mesh))
         step = make_train_step(TEXT, training(accumulate), partial(next_token, z_loss=0.1))
         state, metrics = step(state, place(uneven_rows(), mesh), jnp.float32(1e-3))
-    moments = {n: np.asarray(m) for n, m in flatten(state.opt_state).items() if ".mu/" in n}
+    moments = {n: np.asarray(m) for n, m in flatten(state.opt_state).items() if "/mu/" in n}
     return jax.tree.map(float, metrics), moments
 
 
