@@ -20,7 +20,7 @@ class Document:
     """Token ids, the loss weight of each as a target, and the images its image tokens stand for.
 
     `images` are consecutive indices into those of the sample: what a token sees is one interval.
-    `beside` has more that belongs to each token as a target, by the names of `rows.BESIDE`.
+    `beside` has more that belongs to each token as a target, by the names of `data.beside`.
     """
 
     tokens: Sequence[int]

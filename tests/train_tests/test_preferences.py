@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +10,19 @@ import pytest
 
 from l32jax.config import MeshConfig
 from l32jax.data.batches import place
-from l32jax.model.llama import batch_logits, bind, forward_batch
+from l32jax.model.llama import bind, forward_batch
 from l32jax.model.parameters import combine, flatten, partition, trains
 from l32jax.objective_config import Dpo, Reward
-from l32jax.sharding import make_mesh, single_device_mesh
+from l32jax.sharding import make_mesh
 from l32jax.train import chunks
 from l32jax.train.preferences import dpo, reward
 from l32jax.train.step import begin_stage, make_train_step
 from tests.checkpoint_tests.weights import random_params
 from tests.train_tests.comparisons import LENGTH, compared_rows
 from tests.train_tests.small import MODEL, TEXT, stage
+from tests.train_tests.told import ONE, gradients, logs_of, sums
 
 LIMIT = 2e-5
-ONE = single_device_mesh()
 RANKED = {model: dataclasses.replace(model, reward_head=True) for model in (TEXT, MODEL)}
 MESHES = [MeshConfig(fsdp=2, context=2, tensor=2), MeshConfig(data=2, fsdp=2, context=2)]
 WAYS = [
@@ -33,37 +32,6 @@ WAYS = [
     Dpo(length_normalised=True, nll=1.0, beta=2.0),
     Dpo(reference="data"),
 ]
-
-
-def sums(objective: Any, config, batch, mesh=ONE, *, seed=0, others=()) -> dict[str, float]:
-    with jax.set_mesh(mesh):
-        beside = {name: random_params(config, mesh, seed=s) for name, s in others}
-
-        @jax.jit
-        def run(params, beside, batch):
-            models = {name: bind(config, each) for name, each in beside.items()}
-            return objective(bind(config, params), batch, jax.random.key(0), **models)[1]
-
-        found = run(random_params(config, mesh, seed=seed), beside, place(batch, mesh))
-    return jax.tree.map(float, found)
-
-
-def gradients(objective: Any, config, batch, mesh=ONE) -> dict[str, np.ndarray]:
-    def loss(params, batch):
-        return objective(bind(config, params), batch, jax.random.key(0))[0]
-
-    with jax.set_mesh(mesh):
-        found = jax.jit(jax.grad(loss))(random_params(config, mesh), place(batch, mesh))
-    return {path: np.asarray(leaf) for path, leaf in flatten(found).items()}
-
-
-def logs_of(config, batch, seed) -> np.ndarray:
-    """Log-probabilities of targets, from all logits at once."""
-    with jax.set_mesh(ONE):
-        params = random_params(config, seed=seed)
-        logits = jax.jit(lambda p, b: batch_logits(bind(config, p), b))(params, place(batch, ONE))
-    logs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)), np.float64)
-    return np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
 
 
 def comparisons(batch):

@@ -15,7 +15,7 @@ from l32jax.errors import InputError
 
 Split = Literal["train", "test"]
 PREFIX = "arithmetic/"
-LARGEST, PART = 99, 1000
+LARGEST, PART = 99, 3000
 
 
 class Arithmetic:
