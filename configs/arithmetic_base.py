@@ -1,9 +1,11 @@
-"""A small model begins to learn sums, and is stopped early: where rounds of post-training start.
+"""A small model learns sums from those who are careless as often as not: where alignment begins.
 
     l32jax train configs/arithmetic_base.py
 
-On two CPU cores: two or three minutes. It answers about a quarter of the sums that it has not seen;
-configs/arithmetic_rounds.py and configs/arithmetic_grpo.py go on from there.
+On two CPU cores: three or four minutes. Two of three sums that it reads have every carry wrong, so
+it knows how to carry, and seldom says so: about a third of the sums that it draws are right, and of
+its likeliest answers hardly any. configs/arithmetic_rounds.py and configs/arithmetic_grpo.py go on
+from there.
 """
 
 from l32jax.presets import TINY_TEXT
@@ -17,9 +19,13 @@ def config() -> TrainConfig:
         stages=(
             StageConfig(
                 name="base",
-                num_steps=200,
+                num_steps=400,
                 trains=("language_model",),
-                data=DataConfig(mixture=(("arithmetic/train", 1.0),), batch_size=32, length=256),
+                data=DataConfig(
+                    mixture=(("arithmetic/train", 0.35), ("arithmetic/careless", 0.65)),
+                    batch_size=32,
+                    length=256,
+                ),
                 optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=20, schedule="linear"),
             ),
         ),

@@ -29,6 +29,8 @@ def judge(source: Annotated[str, arg(metavar="PAIRS")], /, model: Source) -> int
     table = Table("", "number")
     table.columns[1].justify = "right"
     table.add_row("comparisons", f"{found.pairs:,}")
+    if found.bad:
+        table.add_row("unreadable", f"{found.bad:,}")
     table.add_row("accuracy", f"{found.accuracy:.1%}")
     table.add_row("calibration error", f"{found.calibration:.1%}")
     table.add_row("loss", f"{found.loss:.3f} nats")

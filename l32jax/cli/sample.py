@@ -78,8 +78,8 @@ def sample(
     check = None if verifier is None else verifiers.verifier(verifier)
     try:
         with stoppable(), closing(Bar()) as bar:
-            scoring = run.Scoring(check, None if reward is None else _judge(reward))
-            settings: dict[str, Any] = {"verifier": verifier, "reward": reward}
+            judge, judged_by = (None, {}) if reward is None else _judge(reward)
+            settings = {"verifier": verifier, "reward": reward, **judged_by}
             if endpoint is None:
                 answerer, found = _engine(model, sampling, answers, rows, mesh)
             else:
@@ -89,7 +89,7 @@ def sample(
                 destination,
                 answerer,
                 number=answers,
-                scoring=scoring,
+                scoring=run.Scoring(check, judge),
                 settings=settings | found | {"sampling": dataclasses.asdict(sampling)},
                 progress=bar,
             )
@@ -116,11 +116,14 @@ def _check(
         raise InputError(f"--mesh {mesh} with --endpoint: it is for a model here; leave one out")
 
 
-def _judge(path: str) -> "Judge":
+def _judge(path: str) -> tuple["Judge", dict[str, Any]]:
+    """The reward model, and what its rewards depend on."""
     from l32jax import api
     from l32jax.align.judging import Judge
+    from l32jax.align.sampling import fingerprint
 
-    return Judge(api.load(path))
+    model = api.load(path)
+    return Judge(model), {"reward_parameters": fingerprint(model.params)}
 
 
 def _engine(

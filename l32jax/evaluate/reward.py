@@ -24,12 +24,14 @@ class Preferences:
     calibration: expected calibration error (Guo et al., arXiv 1706.04599) of sigmoid(difference) as
       the probability that the preferred answer is the better one, in ten bins.
     loss: mean of -log sigmoid(better - worse), in nats.
+    bad: records that could not be read, and count for nothing.
     """
 
     pairs: int
     accuracy: float
     calibration: float
     loss: float
+    bad: int = 0
 
 
 def preferences(model: Model, source: str) -> Preferences:
@@ -41,13 +43,17 @@ def preferences(model: Model, source: str) -> Preferences:
     seeing = model.config.vision is not None
     samples = open_source(source, model.require_tokenizer(), with_images=seeing)
     gaps: list[float] = []
+    bad: list[Bad] = []
     for number in track(range(len(samples)), "judging"):
         sample = samples[number]
-        if not isinstance(sample, Bad):
+        if isinstance(sample, Bad):
+            bad.append(sample)
+        else:
             gaps += _gaps(judge, sample)
     if not gaps:
-        raise InputError(f"source {source!r}: it has no answers to compare; give comparisons")
-    return measured(gaps)
+        why = f" ({bad[0].place}: {bad[0].why})" if bad else ""
+        raise InputError(f"source {source!r}: it has no answers to compare{why}; give comparisons")
+    return dataclasses.replace(measured(gaps), bad=len(bad))
 
 
 def _gaps(judge: Judge, sample: Sample) -> list[float]:

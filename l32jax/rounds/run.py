@@ -98,7 +98,7 @@ def _sampled(
     progress: Progress,
 ) -> Report:
     sampling = dataclasses.replace(config.sampling, seed=config.sampling.seed + number * SEEDS)
-    return sample(
+    report = sample(
         source,
         folder,
         Engine(model, sampling, config.answers, config.rows),
@@ -111,6 +111,13 @@ def _sampled(
         },
         progress=progress,
     )
+    if not report.pairs:
+        raise InputError(
+            f"answers of round {number} to {source!r}: of {report.prompts} prompts {report.best} "
+            "have a right one, and none a wrong one beside it; ask easier or harder ones, or draw "
+            "more answers"
+        )
+    return report
 
 
 def _reward_run(config: RoundsConfig, stage: StageConfig, folder: Path, start: str) -> TrainConfig:

@@ -87,7 +87,7 @@ def open_records(name: str) -> Sequence[Record | Bad]:
     if not kinds:
         raise InputError(
             f"source {name!r} in the mixture: unknown; use {EASY_VQA}{', '.join(KINDS)}, "
-            f"{CHARTS}train, {PYTHON_DOCS}train, or files that end with "
+            f"{CHARTS}train, {PYTHON_DOCS}train, {ARITHMETIC}train, or files that end with "
             f"{', '.join(READERS)}"
         )
     if len(kinds) > 1:

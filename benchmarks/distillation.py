@@ -1,0 +1,123 @@
+"""What distillation is worth after pruning: half of SmolLM2-135M, trained plainly and by the whole.
+
+    python -m benchmarks.distillation PATH/SmolLM2-135M-Instruct.Q4_1.gguf runs/distillation
+    python -m benchmarks.distillation FILE.gguf RUNS --steps 400
+
+The model is pruned to about half of its parameters. From there it goes two ways, over the same rows
+of Python's reference and with the same optimizer: by the next token alone, and by the unpruned
+model's distributions. Perplexities are of topics that are held out. What was stopped goes on.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from benchmarks.tables import print_table
+from l32jax import api
+from l32jax.__main__ import main as command
+from l32jax.checkpoint.engine.transfer import SILENT
+from l32jax.compress.batches import Batches, open_sets
+from l32jax.compress.calibration import Calibration, Subject
+from l32jax.model.parameters import count
+from l32jax.objective_config import Distill, NextToken, Objective, Teacher
+from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+
+TRAIN, TEST = "python-docs/train", "python-docs/test"
+SIZES = ("--mlp-dim", "512", "--heads", "6", "--embed-dim", "512")
+LENGTH, ROWS, JUDGED = 512, 8, 32
+
+
+def pruned(source: Path, folder: Path) -> Path:
+    """The command's own result, made once."""
+    if not folder.exists():
+        sets = ("--calibration", TRAIN, "--held-out", TEST, "--rows", "32", "--length", str(LENGTH))
+        code = command(["prune", str(source), str(folder), "--to", "custom", *SIZES, *sets])
+        if code:
+            raise SystemExit(code)
+    return folder
+
+
+def trained(start: Path, folder: Path, objective: Objective, steps: int) -> api.Model:
+    """From the pruned model; the objective is all that differs."""
+    stage = StageConfig(
+        name=objective.kind,
+        num_steps=steps,
+        trains=("language_model",),
+        data=DataConfig(mixture=((TRAIN, 1.0),), batch_size=ROWS, length=LENGTH),
+        optimizer=OptimizerConfig(peak_lr=5e-4, warmup_steps=steps // 10),
+        objective=objective,
+    )
+    config = TrainConfig(
+        model=api.load(start).config,
+        stages=(stage,),
+        directory=str(folder / objective.kind),
+        start_from=str(start),
+    )
+    return api.run(config)
+
+
+def held_out(model: api.Model) -> Batches:
+    """Rows that every model is judged by."""
+    sets = open_sets(
+        model.config,
+        model.require_tokenizer(),
+        model.mesh,
+        calibration=TEST,
+        held_out=TEST,
+        rows=4 * JUDGED,
+        length=LENGTH,
+    )
+    return sets.held_out
+
+
+def perplexity(model: api.Model, batches: Batches) -> float:
+    with jax.set_mesh(model.mesh):
+        loss = Calibration(batches, SILENT, "").loss(Subject(model.config, model.params))
+    return math.exp(loss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--steps", type=int, default=150)
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    whole = api.load(options.source)
+    with jax.set_mesh(whole.mesh):
+        judged = held_out(whole)
+    teacher = Teacher(model=whole.config, start_from=str(options.source))
+    small = options.directory / "pruned"
+    go_on = partial(trained, small, options.directory, steps=options.steps)
+    ways: dict[str, Callable[[], api.Model]] = {
+        "whole": lambda: whole,
+        "pruned": lambda: api.load(pruned(options.source, small)),
+        "pruned, then trained on the next token": lambda: go_on(objective=NextToken()),
+        "pruned, then distilled": lambda: go_on(objective=Distill(teachers=(teacher,))),
+    }
+    rows = []
+    for name, way in ways.items():
+        begun = time.monotonic()
+        model = way()
+        minutes = (time.monotonic() - begun) / 60
+        rows.append(
+            {
+                "model": name,
+                "parameters": f"{count(model.params) / 1e6:.1f} M",
+                "perplexity": f"{perplexity(model, judged):.1f}",
+                "minutes": f"{minutes:.1f}",
+            }
+        )
+    print(f"{options.steps} steps of {ROWS * LENGTH:,} tokens, {len(jax.devices())} CPU device(s)")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
