@@ -1,7 +1,9 @@
 """Every annotation is executed, and eight CPU devices stand in for a pod."""
 
+import gc
 import os
 import pathlib
+import resource
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices share two cores, which other tests need too: by default XLA gives up after 40 s.
@@ -24,6 +26,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
+MOST_BYTES = 4 * 2**30  # of a test worker
+
 # Their programs run for moments and compile for long, in processes of their own too.
 QUICKLY_COMPILED = {
     "align_tests", "compress_tests", "model_tests", "train_tests", "launch_tests",
@@ -36,3 +40,18 @@ def pytest_runtest_setup(item):
     quickly = item.path.parent.name in QUICKLY_COMPILED and item.path.stem != "test_long_rows"
     jax.config.update("jax_disable_most_optimizations", quickly)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_let_go():
+    """A process keeps all that it has compiled: by the end of the tests more than 8 GB."""
+    yield
+    if _resident_bytes() > MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _resident_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    pages = pathlib.Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else 0
