@@ -22,7 +22,7 @@ def config() -> RoundsConfig:
     pairs = replace(best, mixture=((PAIRS, 1.0),), max_pairs=2)
     sft = StageConfig(
         name="sft",
-        num_steps=20,
+        num_steps=40,
         trains=("language_model",),
         data=best,
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=2),

@@ -27,8 +27,8 @@ class RoundsConfig:
     verifier: what says whether answers are right; a name of `align.verifiers`.
     answers: to each prompt. rows: drawn at a time.
     sampling: how they are drawn; a round has its own seed.
-    reward: the stage that makes a reward model of each round's pairs, which starts from the model
-      of the round; the next round ranks right answers by it. None for no reward model.
+    reward: the stage that makes a reward model of all pairs so far. It starts where the round does,
+      and ranks right answers in the next round. None for no reward model.
     """
 
     run: TrainConfig

@@ -80,7 +80,7 @@ def _round(
     if config.reward is not None:
         _sampled(config, number, config.held_out, folder / "unseen", model, None, progress)
         del model, ranked
-        rewarding = api.run(_reward_run(config, config.reward, folder, start))
+        rewarding = api.run(_reward_run(config, config.reward, number, start))
         found = preferences(rewarding, str(folder / "unseen" / "pairs.jsonl"))
         row |= {"reward_accuracy": found.accuracy, "reward_calibration": found.calibration}
         del rewarding
@@ -120,12 +120,14 @@ def _sampled(
     return report
 
 
-def _reward_run(config: RoundsConfig, stage: StageConfig, folder: Path, start: str) -> TrainConfig:
+def _reward_run(config: RoundsConfig, stage: StageConfig, number: int, start: str) -> TrainConfig:
+    """Of the pairs of all rounds so far, as in Llama 3, section 4.1.2."""
+    folders = [Path(config.run.directory) / f"round_{each + 1}" for each in range(number)]
     return dataclasses.replace(
         config.run,
         model=dataclasses.replace(config.run.model, reward_head=True),
-        stages=(_on(stage, folder / "answers"),),
-        directory=str(folder / "reward"),
+        stages=(_on(stage, folders),),
+        directory=str(folders[-1] / "reward"),
         start_from=start,
     )
 
@@ -133,17 +135,20 @@ def _reward_run(config: RoundsConfig, stage: StageConfig, folder: Path, start: s
 def _policy_run(config: RoundsConfig, folder: Path, start: str) -> TrainConfig:
     return dataclasses.replace(
         config.run,
-        stages=tuple(_on(stage, folder / "answers") for stage in config.run.stages),
+        stages=tuple(_on(stage, [folder]) for stage in config.run.stages),
         directory=str(folder / "run"),
         start_from=start,
     )
 
 
-def _on(stage: StageConfig, answers: Path) -> StageConfig:
-    """A stage that learns from what was sampled there."""
-    files = {name: str(answers / f"{name}.jsonl") for name in (BEST, PAIRS)}
-    mixture = tuple((files.get(name, name), weight) for name, weight in stage.data.mixture)
-    return dataclasses.replace(stage, data=dataclasses.replace(stage.data, mixture=mixture))
+def _on(stage: StageConfig, rounds: Sequence[Path]) -> StageConfig:
+    """A stage that learns, in equal shares, from what was sampled in these rounds."""
+    mixture: list[tuple[str, float]] = []
+    for name, weight in stage.data.mixture:
+        files = [str(folder / "answers" / f"{name}.jsonl") for folder in rounds]
+        sources = files if name in (BEST, PAIRS) else [name]
+        mixture += [(source, weight / len(sources)) for source in sources]
+    return dataclasses.replace(stage, data=dataclasses.replace(stage.data, mixture=tuple(mixture)))
 
 
 def _accuracy(model: Model, config: RoundsConfig) -> float:

@@ -120,6 +120,19 @@ def test_rounds_without_a_reward_model_have_none(tmp_path):
     assert not (tmp_path / "rounds/round_1/unseen").exists()
 
 
+def test_reward_models_learn_from_all_rounds_and_policies_from_the_last(tmp_path):
+    chosen = config(tmp_path)
+    assert chosen.reward is not None
+    folder = tmp_path / "rounds"
+    rewarding = rounds._reward_run(chosen, chosen.reward, 2, "start")
+    assert rewarding.directory == str(folder / "round_2/reward") and rewarding.model.reward_head
+    pairs = [str(folder / f"round_{number}/answers/pairs.jsonl") for number in (1, 2)]
+    assert rewarding.stages[0].data.mixture == tuple((source, 0.5) for source in pairs)
+    sft, dpo = rounds._policy_run(chosen, folder / "round_2", "start").stages
+    assert sft.data.mixture == ((str(folder / "round_2/answers/best.jsonl"), 1.0),)
+    assert dpo.data.mixture == ((pairs[1], 1.0),)
+
+
 def test_answers_that_teach_nothing_are_told(tmp_path):
     with pytest.raises(InputError, match="of 8 prompts 0 have a right one, and none a wrong one"):
         run_rounds(config(tmp_path, verifier="number"), Silent())
