@@ -1,7 +1,8 @@
 """Llama 3.2 11B Vision learns to answer: SFT, then DPO, against the frozen trunk.
 
     l32jax train configs/vision_11b_instruct.py start_from=PATH/Llama-3.2-11B-Vision
-    l32jax plan configs/vision_11b_instruct.py --stage 2 --topology v5p:4x4x4
+    l32jax plan configs/vision_11b_instruct.py --stage 2 --topology v5p:4x4x4 \\
+        stages.1.accumulate=4
 
 Text-only dialogs are a fifth of the rows: they see no image, and teach nothing about text, whose
 weights are frozen. Data: folders made by `l32jax data prepare`, see docs/data.md. Hardware: a pod;

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 import l32jax
+from l32jax import api
 from l32jax.align import own_answers
 from l32jax.align.own_answers import OwnAnswers
 from l32jax.data.batches import place
 from l32jax.errors import InputError
 from l32jax.model.llama import batch_logits, bind
+from l32jax.model.parameters import flatten
 from l32jax.objective_config import Grpo
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+from l32jax.sharding import single_device_mesh
 from tests.align_tests.sampling_child import letters
 from tests.checkpoint_tests.weights import random_params
 from tests.data_tests.pictures import png
@@ -162,6 +165,39 @@ def test_rewards_that_never_differ_are_an_input_error(folder, monkeypatch):
 def test_an_answer_beyond_a_row_is_an_input_error(folder):
     with pytest.raises(InputError, match=f"a row of stage 'own' holds {LENGTH}; lengthen rows"):
         next(fed(folder / "long.jsonl", dataclasses.replace(HOW, prompts=1)))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(folder, tmp_path, monkeypatch):
+    """Within answers of a policy that is in no checkpoint."""
+    monkeypatch.setattr(api, "make_mesh", lambda _: single_device_mesh())
+    whole = fed(folder / "sums.jsonl", dataclasses.replace(HOW, epochs=2))._config
+
+    def run(directory, *, stop_at: int = -1) -> dict:
+        taking = OwnAnswers.__next__
+        taken = 0
+
+        def take(self):
+            nonlocal taken
+            taken += 1
+            if taken == stop_at:
+                raise KeyboardInterrupt
+            return taking(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OwnAnswers, "__next__", take)
+            config = dataclasses.replace(
+                whole, directory=str(directory), start_from="tiny-text", save_every=3
+            )
+            return flatten(api.run(config).params)
+
+    expected = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", stop_at=6)
+    found = run(tmp_path / "stopped")
+    assert all(np.array_equal(found[path], leaf) for path, leaf in expected.items())
+    begun = flatten(l32jax.load("tiny-text").params)
+    assert not all(np.array_equal(begun[path], leaf) for path, leaf in expected.items())
 
 
 @pytest.mark.parametrize("state", [b"", b"\x93\x01", b"\x93\x01\x00\x91\x01"])
