@@ -9,7 +9,7 @@ train, the language model is frozen. Told is how often replies are right, how of
 seen, and what became of the language model, of its replies where no picture is shown, and of
 replies that were already as they should be.
 
-On two CPU cores about twelve minutes; what was stopped goes on. Needs the extra `quickstart`.
+On two CPU cores about ten minutes; what was stopped goes on. Needs the extra `quickstart`.
 """
 
 import argparse
