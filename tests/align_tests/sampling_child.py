@@ -11,6 +11,10 @@ def letters(answer, truth) -> float:
     return sum(letter.isalpha() for letter in answer) / max(len(answer), 1)
 
 
+def digits(answer, truth) -> float:
+    return sum(letter.isdigit() for letter in answer) / max(len(answer), 1)
+
+
 def slowly(answer, truth) -> float:
     time.sleep(0.05)
     return letters(answer, truth)

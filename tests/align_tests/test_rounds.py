@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import l32jax
-from configs import arithmetic_rounds
+from configs import arithmetic_base, arithmetic_rounds
 from l32jax import api
 from l32jax.__main__ import main
 from l32jax.align import judging
@@ -21,7 +21,7 @@ from l32jax.sharding import single_device_mesh
 from tests.align_tests.test_run import Silent
 from tests.conftest import CACHE
 
-LETTERS = "tests.align_tests.sampling_child:letters"  # random models' answers differ in it
+DIGITS = "tests.align_tests.sampling_child:digits"  # answers of any model differ in it
 REWARD = {"reward_accuracy", "reward_calibration"}
 
 
@@ -30,8 +30,8 @@ def small(stage: StageConfig) -> StageConfig:
     return dataclasses.replace(stage, num_steps=2, data=data)
 
 
-def config(folder: Path, **changes) -> RoundsConfig:
-    """Those of the arithmetic, from a random model, as little as may be."""
+def config(folder: Path, start: Path | str, **changes) -> RoundsConfig:
+    """Those of the arithmetic, as little as may be."""
     whole = arithmetic_rounds.config()
     lines = [json.dumps({"question": f"{n}?", "answer": f"{n}"}) for n in range(12)]
     for name, part in (("asked.jsonl", lines[:8]), ("unseen.jsonl", lines[8:])):
@@ -40,7 +40,7 @@ def config(folder: Path, **changes) -> RoundsConfig:
         whole.run,
         stages=tuple(map(small, whole.run.stages)),
         directory=str(folder / "rounds"),
-        start_from="tiny-text",
+        start_from=str(start),
     )
     assert whole.reward is not None
     fields = {
@@ -48,10 +48,10 @@ def config(folder: Path, **changes) -> RoundsConfig:
         "prompts": (str(folder / "asked.jsonl"),),
         "held_out": str(folder / "unseen.jsonl"),
         "rounds": 2,
-        "verifier": LETTERS,
+        "verifier": DIGITS,
         "answers": 3,
         "rows": 12,
-        "sampling": SamplingConfig(max_new_tokens=100, temperature=1.0),
+        "sampling": SamplingConfig(max_new_tokens=48, temperature=1.0),
         "reward": small(whole.reward),
     }
     return dataclasses.replace(whole, **(fields | changes))
@@ -65,8 +65,20 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    chosen = config(tmp_path_factory.mktemp("done"))
+def base(tmp_path_factory) -> Path:
+    """A model that has learned to answer, and to end."""
+    whole, folder = arithmetic_base.config(), tmp_path_factory.mktemp("base") / "run"
+    stage = small(whole.stages[0])
+    stage = dataclasses.replace(
+        stage, num_steps=60, data=dataclasses.replace(stage.data, batch_size=8)
+    )
+    api.run(dataclasses.replace(whole, stages=(stage,), directory=str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(base, tmp_path_factory):
+    chosen = config(tmp_path_factory.mktemp("done"), base)
     return chosen, run_rounds(chosen, Silent())
 
 
@@ -87,9 +99,9 @@ def test_a_round_has_its_numbers_and_its_model(done):
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_after_any_part(done, tmp_path, monkeypatch):
+def test_the_same_command_goes_on_after_any_part(done, base, tmp_path, monkeypatch):
     """Stopped as each part begins, it does what was not done, and all is as if it never was."""
-    chosen, expected = config(tmp_path), done[1]
+    chosen, expected = config(tmp_path, base), done[1]
     parts = ("_sampled", "preferences", "_policy_run", "_accuracy")
     due: list[str] = []
 
@@ -113,15 +125,15 @@ def test_the_same_command_goes_on_after_any_part(done, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_rounds_without_a_reward_model_have_none(tmp_path):
-    (_, row) = run_rounds(config(tmp_path, reward=None, rounds=1), Silent())
+def test_rounds_without_a_reward_model_have_none(base, tmp_path):
+    (_, row) = run_rounds(config(tmp_path, base, reward=None, rounds=1), Silent())
     assert not row.keys() & REWARD
     assert not (tmp_path / "rounds/round_1/reward").exists()
     assert not (tmp_path / "rounds/round_1/unseen").exists()
 
 
 def test_reward_models_learn_from_all_rounds_and_policies_from_the_last(tmp_path):
-    chosen = config(tmp_path)
+    chosen = config(tmp_path, "tiny-text")
     assert chosen.reward is not None
     folder = tmp_path / "rounds"
     rewarding = rounds._reward_run(chosen, chosen.reward, 2, "start")
@@ -135,11 +147,11 @@ def test_reward_models_learn_from_all_rounds_and_policies_from_the_last(tmp_path
 
 def test_answers_that_teach_nothing_are_told(tmp_path):
     with pytest.raises(InputError, match="of 8 prompts 0 have a right one, and none a wrong one"):
-        run_rounds(config(tmp_path, verifier="number"), Silent())
+        run_rounds(config(tmp_path, "tiny-text", verifier="number"), Silent())
 
 
 def test_a_folder_of_other_rounds_is_left_alone(tmp_path):
-    chosen = config(tmp_path)
+    chosen = config(tmp_path, "tiny-text")
     (tmp_path / "rounds").mkdir()
     rounds._require_same(tmp_path / "rounds" / rounds.CONFIG, chosen)
     with pytest.raises(InputError, match="they have another config; give that, or another"):
