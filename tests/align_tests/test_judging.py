@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import l32jax
+from l32jax.__main__ import main
 from l32jax.align.judging import Judge
+from l32jax.conversion.convert import save
 from l32jax.data.batches import place
 from l32jax.data.chat import Image, Message, encode_for_training
 from l32jax.data.rows import VisionShape, make_row, stack
@@ -18,6 +20,7 @@ from l32jax.evaluate.reward import measured, preferences
 from l32jax.generate.model import Model
 from l32jax.model.llama import bind, forward_batch
 from tests.checkpoint_tests.weights import random_params
+from tests.conftest import CACHE
 from tests.data_tests.pictures import png
 
 ANSWERS = ["Yes.", "No, not at all, and never.", "", "Perhaps"] * 3  # more than one batch of them
@@ -103,3 +106,59 @@ def test_one_that_knows_how_sure_it_may_be_has_no_calibration_error():
     gap = np.log(sure / (1 - sure))
     assert measured([gap] * 8 + [-gap] * 2).calibration == pytest.approx(0, abs=1e-12)
     assert measured([gap] * 5 + [-gap] * 5).calibration == pytest.approx(0.3)
+
+
+@pytest.fixture(scope="module")
+def run_folder(judges, tmp_path_factory):
+    """A reward model, and comparisons to judge."""
+    home = tmp_path_factory.mktemp("judging")
+    save(judges["tiny-text"], home / "ranking", to="orbax")
+    lines = [{"prompt": f"{n}?", "chosen": "Yes.", "rejected": "No!"} for n in range(3)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dialogs = [{"messages": [{"role": "user", "content": text}]} for text in ("Why?", "So?")]
+    (home / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dialogs))
+    return home
+
+
+@pytest.fixture
+def inside(run_folder, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    monkeypatch.chdir(run_folder)
+    return run_folder
+
+
+def test_the_command_judges(inside, capsys):
+    assert main(["judge", "pairs.jsonl", "--model", "ranking"]) == 0
+    told = capsys.readouterr().out
+    assert "comparisons" in told and "calibration error" in told and "nats" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("judge", "pairs.jsonl", "--model", "tiny-text"), "no reward head"),
+        (("judge", "asked.jsonl", "--model", "ranking"), "no answers to compare"),
+        (("judge", "none.jsonl", "--model", "ranking"), "none.jsonl"),
+        (("sample", "asked.jsonl", "out", "--model", "tiny-text", "--reward", "tiny-text"), "head"),
+        (("sample", "asked.jsonl", "out", "--model", "tiny-text"), "nothing scores them"),
+    ],
+)
+def test_what_cannot_be_judged_is_told(inside, capsys, arguments, said):
+    assert main(list(arguments)) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()
+    assert said in complaint[-1] and not (inside / "out/best.jsonl").exists()
+
+
+def test_the_command_samples_and_ranks_by_a_reward_model(inside):
+    how = ("--answers", "3", "--max-new-tokens", "100", "--temperature", "1.0", "--rows", "8")
+    asking = ["sample", "asked.jsonl", "ranked", "--model", "tiny-text", "--reward", "ranking"]
+    assert main([*asking, *how]) == 0
+    answers = [json.loads(line) for line in (inside / "ranked/answers.jsonl").open()]
+    finished = [a for a in answers if a["finished"]]
+    assert finished and all(isinstance(a["reward"], float) for a in finished)
+    assert all(a["verifier"] is None for a in answers)
+    best = [json.loads(line) for line in (inside / "ranked/best.jsonl").open()]
+    for each in best:
+        own = [a["reward"] for a in finished if a["prompt"] == each["provenance"]["prompt"]]
+        assert each["provenance"]["score"]["reward"] == max(own)
+        assert len(each["provenance"]["reward_parameters"]) == 32
