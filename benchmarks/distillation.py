@@ -29,7 +29,7 @@ from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainCon
 
 TRAIN, TEST = "python-docs/train", "python-docs/test"
 SIZES = ("--mlp-dim", "512", "--heads", "6", "--embed-dim", "512")
-LENGTH, ROWS, JUDGED = 512, 8, 32
+LENGTH, ROWS, JUDGED = 512, 4, 32
 
 
 def pruned(source: Path, folder: Path) -> Path:
@@ -87,7 +87,7 @@ def main() -> None:
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     whole = api.load(options.source)

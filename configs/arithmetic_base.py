@@ -1,4 +1,4 @@
-"""A small model learns sums from those who are careless as often as not: where alignment begins.
+"""A small model learns sums, two of three from those who cannot carry: where alignment begins.
 
     l32jax train configs/arithmetic_base.py
 
