@@ -5,8 +5,8 @@
 
 The model is pruned to about half of its parameters. From there it goes two ways, over the same rows
 of Python's reference and with the same optimizer: by the next token alone, and by the unpruned
-model's distributions. Perplexities are of topics that are held out. What was stopped goes on. On two CPU cores about
-40 minutes, pruning not counted.
+model's distributions. Perplexities are of topics that are held out. What was stopped goes on. On
+two CPU cores about 40 minutes, pruning not counted.
 """
 
 import argparse
