@@ -22,6 +22,7 @@ from benchmarks.tables import print_table
 from l32jax import api
 from l32jax.__main__ import main as command
 from l32jax.checkpoint.engine.transfer import SILENT
+from l32jax.checkpoint.formats import open_checkpoint
 from l32jax.compress.batches import Batches, open_sets
 from l32jax.compress.calibration import Calibration, Subject
 from l32jax.model.parameters import count
@@ -54,7 +55,7 @@ def trained(start: Path, folder: Path, objective: Objective, steps: int) -> api.
         objective=objective,
     )
     config = TrainConfig(
-        model=api.load(start).config,
+        model=open_checkpoint(start, verified=False).config,
         stages=(stage,),
         directory=str(folder / objective.kind),
         start_from=str(start),
@@ -63,17 +64,17 @@ def trained(start: Path, folder: Path, objective: Objective, steps: int) -> api.
 
 
 def held_out(model: api.Model) -> Batches:
-    """Rows that every model is judged by."""
+    """Rows that every model is judged by: as of a calibration, of the test alone."""
     sets = open_sets(
         model.config,
         model.require_tokenizer(),
         model.mesh,
         calibration=TEST,
         held_out=TEST,
-        rows=4 * JUDGED,
+        rows=JUDGED,
         length=LENGTH,
     )
-    return sets.held_out
+    return sets.calibration
 
 
 def perplexity(model: api.Model, batches: Batches) -> float:

@@ -31,10 +31,10 @@ from l32jax.data.images import load_image
 from l32jax.evaluate.easy_vqa import ask
 from l32jax.model.parameters import flatten, trains
 from l32jax.objective_config import Dpo
+from l32jax.recipes import SEEING
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.train.loop import train
 
-SEEING = ("vision_tower", "adapter")
 SCENES = 1500  # to learn from, one question each
 TEXTS = 200
 ASKED = 10  # one of so many of the test questions
@@ -44,7 +44,7 @@ def written(folder: Path) -> dict[str, str]:
     """Dialogs and comparisons of them, about pictures and about none, as files."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [scene for scene in EasyVqa("train") if description(scene)][:SCENES]
-    seen = list(map(about, [folder] * len(scenes), scenes, itertools.count()))
+    seen = [about(folder, scene, number) for number, scene in enumerate(scenes)]
     guesses = itertools.islice(easy_vqa.majority_answers().items(), TEXTS)
     read = [
         {"question": text, "long": f"{guess}. {guess}", "short": guess} for text, guess in guesses
@@ -59,10 +59,10 @@ def written(folder: Path) -> dict[str, str]:
 
 def about(folder: Path, scene: Scene, number: int) -> dict[str, str]:
     asked = balanced(scene)
-    question, shown = asked[number % len(asked)], description(scene)
+    question, shown = asked[number % len(asked)], description(scene) or ""
     picture = Path(scene.image).name
     shutil.copy(scene.image, folder / picture)
-    long = f"{shown}{conclusion(shown or '', question)}"
+    long = shown + conclusion(shown, question)
     return {"image": picture, "question": question.text, "long": long, "short": question.answer}
 
 
@@ -89,8 +89,10 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> str:
     return str(path)
 
 
-def aligned(directory: Path, start: Path, files: Mapping[str, str]) -> dict[str, TrainConfig]:
-    """SFT, and DPO from where it ended."""
+def aligned(
+    directory: Path, begun: TrainConfig, files: Mapping[str, str]
+) -> dict[str, TrainConfig]:
+    """SFT from where a run ended, and DPO from there."""
 
     def data(kind: str, **more: Any) -> DataConfig:
         mixture = ((files[f"seen {kind}"], 0.8), (files[f"read {kind}"], 0.2))
@@ -113,9 +115,11 @@ def aligned(directory: Path, start: Path, files: Mapping[str, str]) -> dict[str,
         objective=Dpo(reference="ema", refresh_every=10),
         optimizer=OptimizerConfig(peak_lr=2e-4, warmup_steps=5),
     )
-    model = api.load(start).config
     first = TrainConfig(
-        model=model, stages=(sft,), directory=str(directory / "sft"), start_from=str(start)
+        model=begun.model,
+        stages=(sft,),
+        directory=str(directory / "sft"),
+        start_from=begun.directory,
     )
     second = replace(
         first, stages=(dpo,), directory=str(directory / "dpo"), start_from=first.directory
@@ -168,12 +172,12 @@ def main() -> None:
     )
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
-    tokenizer, start = quickstart.make_tokenizer(), directory / "quickstart"
-    begin = quickstart.run_config(start, tokenizer)
-    train(begin, tokenizer, None, api.mesh_of(begin))
-    told = [Told(api.load(start))]
+    tokenizer = quickstart.make_tokenizer()
+    begun = quickstart.run_config(directory / "quickstart", tokenizer)
+    train(begun, tokenizer, None, api.mesh_of(begun))
+    told = [Told(api.load(begun.directory))]
     rows = [told[0].row("quickstart", told[0])]
-    for name, config in aligned(directory, start, written(directory / "data")).items():
+    for name, config in aligned(directory, begun, written(directory / "data")).items():
         told.append(Told(api.run(config)))
         rows.append(told[-1].row(name, told[-2]))
     print_table(rows)

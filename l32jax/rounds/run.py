@@ -48,27 +48,30 @@ def run_rounds(config: RoundsConfig, progress: Progress) -> list[Row]:
     directory = Path(config.run.directory)
     directory.mkdir(parents=True, exist_ok=True)
     _require_same(directory / CONFIG, config)
-    assert config.run.start_from is not None
     rows = _read(directory / ROUNDS)
-    start = config.run.start_from
     if not rows:
-        rows = [{"round": 0, "accuracy": _accuracy(api.load(start), config)}]
+        rows = [{"round": 0, "accuracy": _accuracy(api.load(_start(config, 1)), config)}]
         _write(directory / ROUNDS, rows)
-    for number in range(1, config.rounds + 1):
-        folder = directory / f"round_{number}"
-        if len(rows) <= number:
-            judge = directory / f"round_{number - 1}" / "reward"
-            rows.append(_round(config, number, folder, start, judge, progress))
-            _write(directory / ROUNDS, rows)
-        start = str(folder / "run")
+    for number in range(len(rows), config.rounds + 1):
+        rows.append(_round(config, number, progress))
+        _write(directory / ROUNDS, rows)
     return rows
 
 
-def _round(
-    config: RoundsConfig, number: int, folder: Path, start: str, judge: Path, progress: Progress
-) -> Row:
-    """A round from the model at `start`, whose answers are ranked by `judge`, if that is there."""
-    model = api.load(start)
+def _folder(config: RoundsConfig, number: int) -> Path:
+    return Path(config.run.directory) / f"round_{number}"
+
+
+def _start(config: RoundsConfig, number: int) -> str:
+    """Where the model of a round starts: what the round before came to."""
+    assert config.run.start_from is not None
+    return config.run.start_from if number == 1 else str(_folder(config, number - 1) / "run")
+
+
+def _round(config: RoundsConfig, number: int, progress: Progress) -> Row:
+    """Answers are ranked by the reward model of the round before, if there is one."""
+    folder, judge = _folder(config, number), _folder(config, number - 1) / "reward"
+    model = api.load(_start(config, number))
     ranked = Judge(api.load(judge)) if config.reward is not None and judge.exists() else None
     prompts = config.prompts[(number - 1) % len(config.prompts)]
     report = _sampled(config, number, prompts, folder / "answers", model, ranked, progress)
@@ -80,11 +83,11 @@ def _round(
     if config.reward is not None:
         _sampled(config, number, config.held_out, folder / "unseen", model, None, progress)
         del model, ranked
-        rewarding = api.run(_reward_run(config, config.reward, number, start))
+        rewarding = api.run(_reward_run(config, config.reward, number))
         found = preferences(rewarding, str(folder / "unseen" / "pairs.jsonl"))
         row |= {"reward_accuracy": found.accuracy, "reward_calibration": found.calibration}
         del rewarding
-    trained = api.run(_policy_run(config, folder, start))
+    trained = api.run(_policy_run(config, number))
     return row | {"accuracy": _accuracy(trained, config)}
 
 
@@ -120,24 +123,25 @@ def _sampled(
     return report
 
 
-def _reward_run(config: RoundsConfig, stage: StageConfig, number: int, start: str) -> TrainConfig:
+def _reward_run(config: RoundsConfig, stage: StageConfig, number: int) -> TrainConfig:
     """Of the pairs of all rounds so far, as in Llama 3, section 4.1.2."""
-    folders = [Path(config.run.directory) / f"round_{each + 1}" for each in range(number)]
+    folders = [_folder(config, each) for each in range(1, number + 1)]
     return dataclasses.replace(
         config.run,
         model=dataclasses.replace(config.run.model, reward_head=True),
         stages=(_on(stage, folders),),
         directory=str(folders[-1] / "reward"),
-        start_from=start,
+        start_from=_start(config, number),
     )
 
 
-def _policy_run(config: RoundsConfig, folder: Path, start: str) -> TrainConfig:
+def _policy_run(config: RoundsConfig, number: int) -> TrainConfig:
+    folder = _folder(config, number)
     return dataclasses.replace(
         config.run,
         stages=tuple(_on(stage, [folder]) for stage in config.run.stages),
         directory=str(folder / "run"),
-        start_from=start,
+        start_from=_start(config, number),
     )
 
 
