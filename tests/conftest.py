@@ -55,3 +55,13 @@ def _resident_bytes() -> int:
     """Of this process; 0 where the system does not say."""
     pages = pathlib.Path("/proc/self/statm")
     return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs of the module have one device, though there are eight."""
+    from l32jax.sharding import single_device_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("l32jax.api.make_mesh", lambda _: single_device_mesh())
+        yield

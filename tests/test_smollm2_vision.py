@@ -42,12 +42,10 @@ def text():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(one_device, tmp_path_factory):
     """The folder of a run that has taken all its steps."""
     folder = tmp_path_factory.mktemp("smollm2") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "make_mesh", lambda _: single_device_mesh())
-        api.run(short(folder, smollm2_file()))
+    api.run(short(folder, smollm2_file()))
     return folder
 
 

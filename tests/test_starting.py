@@ -23,6 +23,8 @@ TOWER = dataclasses.replace(TINY_VISION.vision, num_local_layers=1, taps=(0,))  
 MODEL = with_vision(TINY_TEXT, TOWER, every=2)
 QUESTION = "what color is the shape?"
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def run_config(directory, start_from, model: LlamaConfig = MODEL, **changes) -> TrainConfig:
     captions = DataConfig(
@@ -51,13 +53,6 @@ def text(tmp_path_factory):
     model = api.load("tiny-text", seed=3)
     save(model, folder, to="hf")
     return folder, model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "make_mesh", lambda _: single_device_mesh())
-        yield
 
 
 @pytest.fixture(scope="module")

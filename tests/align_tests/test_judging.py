@@ -22,6 +22,7 @@ from l32jax.model.llama import bind, forward_batch
 from tests.checkpoint_tests.weights import random_params
 from tests.conftest import CACHE
 from tests.data_tests.pictures import png
+from tests.lines import write_lines
 
 ANSWERS = ["Yes.", "No, not at all, and never.", "", "Perhaps"] * 3  # more than one batch of them
 
@@ -73,7 +74,7 @@ def test_comparisons_of_a_source_are_measured(judges, tmp_path):
     ]
     source = tmp_path / "pairs.jsonl"
     empty = {"prompt": "Why?", "chosen": "", "rejected": "So."}
-    source.write_text("".join(json.dumps(line) + "\n" for line in [*lines, empty]))
+    write_lines(source, [*lines, empty])
     found = preferences(model, str(source))
     judge = Judge(model)
     each = [judge((Message("user", line["prompt"]),), [], [line["chosen"]])[0] for line in lines]
@@ -114,9 +115,9 @@ def run_folder(judges, tmp_path_factory):
     home = tmp_path_factory.mktemp("judging")
     save(judges["tiny-text"], home / "ranking", to="orbax")
     lines = [{"prompt": f"{n}?", "chosen": "Yes.", "rejected": "No!"} for n in range(3)]
-    (home / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(home / "pairs.jsonl", lines)
     dialogs = [{"messages": [{"role": "user", "content": text}]} for text in ("Why?", "So?")]
-    (home / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dialogs))
+    write_lines(home / "asked.jsonl", dialogs)
     return home
 
 

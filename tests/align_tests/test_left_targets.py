@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +23,7 @@ from l32jax.objective_config import Distill, Dpo
 from l32jax.presets import TINY_TEXT
 from l32jax.run_config import DataConfig
 from l32jax.sharding import make_mesh
+from tests.lines import write_lines
 
 TEXTS = ["Gates open slowly.", "A tile is one.", "w" * 150, "Ten words or so are enough for it."]
 WORDS = TINY_TEXT.decoder.vocab_size
@@ -44,10 +44,6 @@ def folder(tmp_path_factory) -> Path:
     asked = {"image": "noise.png", "question": "What is it?", "answer": "Noise, all over."}
     write_lines(folder / "seen.jsonl", [asked, {"text": "No picture."}])
     return folder
-
-
-def write_lines(path: Path, records) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def config(source: Path, output: Path, **changes) -> LeftConfig:

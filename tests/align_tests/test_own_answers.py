@@ -1,7 +1,6 @@
 """What a policy learns from its own answers: groups against their mean, each answer once drawn."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from l32jax.model.llama import batch_logits, bind
 from l32jax.model.parameters import flatten
 from l32jax.objective_config import Grpo
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
-from l32jax.sharding import single_device_mesh
 from tests.align_tests.sampling_child import letters
 from tests.checkpoint_tests.weights import random_params
 from tests.data_tests.pictures import png
+from tests.lines import write_lines
 
 LETTERS = "tests.align_tests.sampling_child:letters"
 HOW = Grpo(answers=4, prompts=3, max_new_tokens=8, verifier=LETTERS)
@@ -38,10 +37,6 @@ def folder(tmp_path_factory) -> Path:
     write_lines(folder / "seen.jsonl", [*lines[:2], lines[2] | {"image": "a.png"}])
     write_lines(folder / "long.jsonl", [{"question": "x" * 56, "answer": "1"}])
     return folder
-
-
-def write_lines(path: Path, lines) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def fed(source: Path, how: Grpo = HOW, *, model="tiny-text", seed=0, policy=0) -> OwnAnswers:
@@ -168,9 +163,8 @@ def test_an_answer_beyond_a_row_is_an_input_error(folder):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(folder, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(folder, one_device, tmp_path, monkeypatch):
     """Within answers of a policy that is in no checkpoint."""
-    monkeypatch.setattr(api, "make_mesh", lambda _: single_device_mesh())
     whole = fed(folder / "sums.jsonl", dataclasses.replace(HOW, epochs=2))._config
 
     def run(directory, *, stop_at: int = -1) -> dict:

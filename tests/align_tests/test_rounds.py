@@ -17,12 +17,14 @@ from l32jax.rounds import run as rounds
 from l32jax.rounds.run import run_rounds
 from l32jax.rounds_config import RoundsConfig
 from l32jax.run_config import StageConfig
-from l32jax.sharding import single_device_mesh
 from tests.align_tests.test_run import Silent
 from tests.conftest import CACHE
+from tests.lines import write_lines
 
 DIGITS = "tests.align_tests.sampling_child:digits"  # answers of any model differ in it
 REWARD = {"reward_accuracy", "reward_calibration"}
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def small(stage: StageConfig) -> StageConfig:
@@ -33,9 +35,9 @@ def small(stage: StageConfig) -> StageConfig:
 def config(folder: Path, start: Path | str, **changes) -> RoundsConfig:
     """Those of the arithmetic, as little as may be."""
     whole = arithmetic_rounds.config()
-    lines = [json.dumps({"question": f"{n}?", "answer": f"{n}"}) for n in range(12)]
-    for name, part in (("asked.jsonl", lines[:8]), ("unseen.jsonl", lines[8:])):
-        (folder / name).write_text("\n".join(part) + "\n")
+    lines = [{"question": f"{n}?", "answer": f"{n}"} for n in range(12)]
+    write_lines(folder / "asked.jsonl", lines[:8])
+    write_lines(folder / "unseen.jsonl", lines[8:])
     run = dataclasses.replace(
         whole.run,
         stages=tuple(map(small, whole.run.stages)),
@@ -55,13 +57,6 @@ def config(folder: Path, start: Path | str, **changes) -> RoundsConfig:
         "reward": small(whole.reward),
     }
     return dataclasses.replace(whole, **(fields | changes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "make_mesh", lambda _: single_device_mesh())
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +131,11 @@ def test_reward_models_learn_from_all_rounds_and_policies_from_the_last(tmp_path
     chosen = config(tmp_path, "tiny-text")
     assert chosen.reward is not None
     folder = tmp_path / "rounds"
-    rewarding = rounds._reward_run(chosen, chosen.reward, 2, "start")
+    rewarding = rounds._reward_run(chosen, chosen.reward, 2)
     assert rewarding.directory == str(folder / "round_2/reward") and rewarding.model.reward_head
     pairs = [str(folder / f"round_{number}/answers/pairs.jsonl") for number in (1, 2)]
     assert rewarding.stages[0].data.mixture == tuple((source, 0.5) for source in pairs)
-    sft, dpo = rounds._policy_run(chosen, folder / "round_2", "start").stages
+    sft, dpo = rounds._policy_run(chosen, 2).stages
     assert sft.data.mixture == ((str(folder / "round_2/answers/best.jsonl"), 1.0),)
     assert dpo.data.mixture == ((pairs[1], 1.0),)
 

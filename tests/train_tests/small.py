@@ -8,7 +8,7 @@ import numpy as np
 from l32jax.config import LlamaConfig, Part
 from l32jax.data.rows import Batch, VisionShape, make_row, stack
 from l32jax.data.samples import Sample
-from l32jax.presets import TINY_TEXT, TINY_VISION
+from l32jax.presets import TINY_TEXT, TINY_VISION, with_vision
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig
 
 assert TINY_VISION.vision is not None
@@ -17,6 +17,10 @@ MODEL = LlamaConfig(
     vision=dataclasses.replace(TINY_VISION.vision, num_local_layers=2, taps=(1,)),
 )
 TEXT = LlamaConfig(decoder=dataclasses.replace(TINY_TEXT.decoder, num_groups=1))
+# What adapts to a text model: its own layers are within, bit for bit.
+TINY_TEXT_SEEING = with_vision(
+    TINY_TEXT, dataclasses.replace(TINY_VISION.vision, num_local_layers=1, taps=(0,)), every=2
+)
 IMAGE_ID = MODEL.decoder.vocab_size
 LENGTH = 16
 VISION = VisionShape.of(MODEL, max_images=1, max_tiles=4)

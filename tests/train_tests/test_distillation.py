@@ -10,17 +10,17 @@ import pytest
 
 from l32jax.config import MeshConfig
 from l32jax.data.batches import place
-from l32jax.model.llama import batch_logits, bind
+from l32jax.model.llama import bind
 from l32jax.model.parameters import flatten
 from l32jax.objective_config import Distill, Teacher
-from l32jax.sharding import make_mesh, single_device_mesh
+from l32jax.sharding import make_mesh
 from l32jax.train import chunks
 from l32jax.train.distillation import distill
 from tests.checkpoint_tests.weights import random_params
 from tests.train_tests.small import MODEL, TEXT, rows
+from tests.train_tests.told import ONE, log_softmax, logits_of, of_targets
 
 LIMIT = 2e-5
-ONE = single_device_mesh()
 VOCABULARY = TEXT.decoder.vocab_size
 WIDER = dataclasses.replace(
     TEXT, decoder=dataclasses.replace(TEXT.decoder, embed_dim=96, num_groups=2)
@@ -64,17 +64,6 @@ def computed(how, config, batch, teachers=(), mesh=ONE):
     return jax.tree.map(float, sums), {p: np.asarray(g) for p, g in flatten(grads).items()}
 
 
-def logits_of(config, batch, seed) -> np.ndarray:
-    with jax.set_mesh(ONE):
-        run = jax.jit(lambda p, b: batch_logits(bind(config, p), b))
-        return np.asarray(run(random_params(config, seed=seed), place(batch, ONE)), np.float64)
-
-
-def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
 def mixture(how: Distill, scores) -> np.ndarray:
     weights = np.array([teacher.weight for teacher in how.teachers])
     each = [np.exp(log_softmax(score / how.temperature)) for score in scores]
@@ -90,7 +79,7 @@ def by_hand(how, batch, own, p) -> dict[str, float]:
         "jsd": how.beta * (p * np.log(p / m)).sum(-1)
         + (1 - how.beta) * (q * np.log(q / m)).sum(-1),
     }[how.divergence]
-    true = np.take_along_axis(log_softmax(own), batch["targets"][..., None], -1)[..., 0]
+    true = of_targets(log_softmax(own), batch)
     weights = batch["weights"]
     found = {"divergence": (divergence * weights).sum(), "cross_entropy": -(true * weights).sum()}
     found["loss"] = how.share * how.temperature**2 * found["divergence"]

@@ -20,25 +20,18 @@ from l32jax.errors import InputError
 from l32jax.generate.model import Model
 from l32jax.model.llama import init_params
 from l32jax.model.parameters import flatten, is_lora, part_of, partition
-from l32jax.presets import TINY_TEXT, TINY_VISION, with_vision
+from l32jax.presets import TINY_TEXT
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.sharding import single_device_mesh
 from tests.checkpoint_tests.weights import random_params, targets
 from tests.model_tests.test_lora import with_lora
+from tests.train_tests.small import TINY_TEXT_SEEING
 
 LORA = LoraConfig(rank=4, alpha=12.0)
-assert TINY_VISION.vision is not None
-TOWER = dataclasses.replace(TINY_VISION.vision, num_local_layers=1, taps=(0,))  # soon compiled
-SEEING = with_vision(TINY_TEXT, TOWER, every=2)
-TEXT, VISION = with_lora(TINY_TEXT, LORA), with_lora(SEEING, LORA)
+TEXT, VISION = with_lora(TINY_TEXT, LORA), with_lora(TINY_TEXT_SEEING, LORA)
 TOKENS = np.arange(1, 25)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "make_mesh", lambda _: single_device_mesh())
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def folder(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     tokenizer = api.load("tiny-text").require_tokenizer()
     for seed, (name, config) in enumerate(
-        {"base": TINY_TEXT, "instruct": TINY_TEXT, "vision": SEEING}.items()
+        {"base": TINY_TEXT, "instruct": TINY_TEXT, "vision": TINY_TEXT_SEEING}.items()
     ):
         known = tokenizer.with_image_token() if config.vision else tokenizer
         params = random_params(config, seed=seed)
@@ -110,13 +103,13 @@ def language_model(seed: int, model: LlamaConfig) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("model", "part"), [(SEEING, "adapter"), (VISION, "lora")], ids=["plain", "lora"]
+    ("model", "part"), [(TINY_TEXT_SEEING, "adapter"), (VISION, "lora")], ids=["plain", "lora"]
 )
 def test_a_trunk_takes_the_place_of_the_language_model(folder, tmp_path, model, part):
     """And of nothing else: bit by bit."""
     trunk = str(folder / "instruct")
     config = run_config(folder, tmp_path, "vision", model, (part,), trunk_from=trunk)
-    seen, replaced = flatten(random_params(SEEING, seed=2)), language_model(1, model)
+    seen, replaced = flatten(random_params(TINY_TEXT_SEEING, seed=2)), language_model(1, model)
     begun = beginning(config)
     assert {path for path in begun if part_of(path, model) == "language_model"} == replaced.keys()
     for path, leaf in begun.items():

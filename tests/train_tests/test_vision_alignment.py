@@ -1,7 +1,6 @@
 """SFT and DPO of a vision model, text among the pictures: what changes and what does not."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -12,16 +11,15 @@ from l32jax.conversion.convert import save
 from l32jax.generate.model import Model
 from l32jax.model.parameters import flatten, trains
 from l32jax.objective_config import Dpo, NextToken, Objective
-from l32jax.presets import TINY_TEXT, TINY_VISION, with_vision
+from l32jax.presets import TINY_TEXT
+from l32jax.recipes import SEEING
 from l32jax.run_config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.sharding import single_device_mesh
 from tests.checkpoint_tests.weights import random_params
 from tests.data_tests.pictures import png
+from tests.lines import write_lines
+from tests.train_tests.small import TINY_TEXT_SEEING as MODEL
 
-assert TINY_VISION.vision is not None
-TOWER = dataclasses.replace(TINY_VISION.vision, num_local_layers=1, taps=(0,))  # soon compiled
-MODEL = with_vision(TINY_TEXT, TOWER, every=2)
-SEEING = ("vision_tower", "adapter")
 QUESTIONS = ("Who are you?", "What is two and two?")
 
 pytestmark = pytest.mark.slow
@@ -39,18 +37,16 @@ def folder(tmp_path_factory):
     save(model, home / "vision", to="orbax")
     (home / "a.png").write_bytes(png(40, 28))
     asked = {"image": "a.png", "question": "What is it?"}
-    write_lines(home / "seen.jsonl", [asked | {"answer": "Noise."}])
-    write_lines(home / "read.jsonl", [{"question": "Who?", "answer": "Me."}])
+    write_lines(home / "seen.jsonl", [asked | {"answer": "Noise."}] * 20)
+    write_lines(home / "read.jsonl", [{"question": "Who?", "answer": "Me."}] * 20)
     content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]
     compared = {"messages": [{"role": "user", "content": content}]}
     told = {"chosen": "Noise.", "rejected": "A dog!"}
-    write_lines(home / "seen_pairs.jsonl", [compared | told])
-    write_lines(home / "read_pairs.jsonl", [{"prompt": "Who?", "chosen": "Me.", "rejected": "No"}])
+    write_lines(home / "seen_pairs.jsonl", [compared | told] * 20)
+    write_lines(
+        home / "read_pairs.jsonl", [{"prompt": "Who?", "chosen": "Me.", "rejected": "No"}] * 20
+    )
     return home
-
-
-def write_lines(path, records) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records * 20))
 
 
 def stage(folder, objective: Objective, num_steps: int) -> StageConfig:
@@ -73,7 +69,7 @@ def stage(folder, objective: Objective, num_steps: int) -> StageConfig:
 
 
 @pytest.fixture(scope="module")
-def runs(folder):
+def runs(folder, one_device):
     """What the run begins with, what SFT makes of it, and what DPO makes of that."""
     sft, dpo = stage(folder, NextToken(), 12), stage(folder, Dpo(reference="ema"), 12)
     first = TrainConfig(
@@ -90,10 +86,8 @@ def runs(folder):
         start_from=first.directory,
         trunk_from=None,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "make_mesh", lambda _: single_device_mesh())
-        begun = api._beginning(first, single_device_mesh())
-        return [begun, api.run(first), api.run(second)]
+    begun = api._beginning(first, single_device_mesh())
+    return [begun, api.run(first), api.run(second)]
 
 
 def test_the_swapped_trunk_keeps_every_bit_and_all_that_sees_moves(runs):

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from l32jax.data.batches import place
@@ -37,10 +36,21 @@ def gradients(objective: Any, config, batch, mesh=ONE) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in flatten(found).items()}
 
 
+def logits_of(config, batch, seed) -> np.ndarray:
+    with jax.set_mesh(ONE):
+        run = jax.jit(lambda p, b: batch_logits(bind(config, p), b))
+        return np.asarray(run(random_params(config, seed=seed), place(batch, ONE)), np.float64)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def of_targets(logs: np.ndarray, batch) -> np.ndarray:
+    return np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
+
+
 def logs_of(config, batch, seed) -> np.ndarray:
     """Log-probabilities of targets, from all logits at once."""
-    with jax.set_mesh(ONE):
-        params = random_params(config, seed=seed)
-        logits = jax.jit(lambda p, b: batch_logits(bind(config, p), b))(params, place(batch, ONE))
-    logs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)), np.float64)
-    return np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
+    return of_targets(log_softmax(logits_of(config, batch, seed)), batch)
