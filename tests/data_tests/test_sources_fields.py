@@ -30,6 +30,8 @@ SAID = {"role": "assistant", "content": "red"}
 GPT = {"from": "gpt", "value": "red"}
 
 DOCUMENTS = [
+    ({"prompt": "write a story", "text": "once"}, ("once",)),
+    ({"image": "1.png", "question": "?", "caption": "a dog"}, (ONE, "a dog")),
     ({"text": "a <image>"}, ("a <image>",)),
     ({"text": "a", "image": None, "caption": None}, ("a",)),
     ({"image": "1.png", "text": "a <image>"}, (ONE, "a <image>")),
@@ -80,6 +82,10 @@ DIALOGS = [
     ({"image": "1.png", "question": "?", "answer": "red"}, asked(ONE, "?")),
     ({"images": ["1.png", b"2"], "question": "?", "answer": "red"}, asked(ONE, TWO, "?")),
     ({"question": "?", "answer": "red"}, asked("?")),
+    ({"prompt": "?", "completion": "red"}, asked("?")),
+    ({"prompt": "?", "completion": "red", "text": "? red"}, asked("?")),
+    ({"prompt": [{"role": "user", "content": "?"}], "completion": [SAID]}, asked("?")),
+    ({"image": "1.png", "prompt": "<image>?", "completion": "red"}, asked(ONE, "?")),
 ]  # fmt: skip
 
 USER = {"role": "user", "content": "?"}
@@ -87,7 +93,10 @@ BAD = [
     ([], "not an object"),
     ({}, "no known kind"),
     ({"image": "1.png"}, "no known kind"),
-    ({"image": "1.png", "question": "?"}, "no known kind"),
+    ({"image": "1.png", "prompt": "?"}, "0 places for 1 images"),
+    ({"prompt": 5}, "'prompt' is not a list"),
+    ({"prompt": []}, "no turns"),
+    ({"prompt": "?", "completion": " "}, "'assistant' is empty"),
     ({"text": " \n"}, "no text"),
     ({"text": ""}, "no text"),
     ({"text": 5}, "int stands where text"),
@@ -135,8 +144,9 @@ def test_a_check_is_kept_as_it_is_with_whatever_it_belongs_to():
     assert record == Record("here", messages=asked("?"), check=check)
 
 
-def test_a_prompt_without_an_answer_is_a_record_of_which_nothing_can_be_learned():
-    record = make_record({"messages": [USER]}, "here", find)
+@pytest.mark.parametrize("given", [{"messages": [USER]}, {"prompt": "?"}, {"question": "?"}])
+def test_a_prompt_without_an_answer_is_a_record_of_which_nothing_can_be_learned(given):
+    record = make_record(given, "here", find)
     assert record == Record("here", messages=(Message("user", "?"),))
     sample = to_sample(record, Tokenizer.bytes_only(), with_images=True)
     assert sample == Bad("here", "the assistant says nothing in it")

@@ -6,12 +6,14 @@ comparison     chosen, rejected, perhaps margin; and messages or       as of a c
                answers, from best to worst, perhaps scores; the same
 conversation   messages [{role, content}], perhaps images              in the content, see below
 LLaVA's        conversations [{from, value}], perhaps image or images  <image> marks
+question       image or images, question, answer                       before the question
+asked          prompt (a text, or messages), completion (the same)     as of a conversation
 in parts       parts [text or {image}]                                 where they stand
 interleaved    texts [text or null], images [image or null]            where there is no text
-question       image or images, question, answer                       before the question
 marked text    text, images                                            <image> marks
 caption        image, and text or caption                              before the text
 text           text
+prompt         question or prompt, perhaps image or images             as with an answer
 
 The content of a message is text, or a list of texts, {"image": …}, {"type": "text", "text": …} and
 {"type": "image"}. The latter stand for the record's `images` in order, and so do marks, <image> or
@@ -36,8 +38,9 @@ from l32jax.errors import InputError, one_line
 
 FIELDS = (
     "messages", "conversations", "parts", "texts", "images", "image", "question", "answer", "text",
-    "caption", "prompt", "chosen", "rejected", "margin", "answers", "scores", "check",
+    "caption", "prompt", "completion", "chosen", "rejected", "margin", "answers", "scores", "check",
 )  # fmt: skip
+DOCUMENT = {"parts", "texts", "text", "caption"}  # who has one of these asks nothing
 MARK = re.compile(r"\n?(?:<image>|<\|image\|>)\n?")
 ROLES = {"human": "user", "gpt": "assistant"}  # as LLaVA names them; others are called as here
 MAX_ANSWERS = 64  # to compare
@@ -69,8 +72,12 @@ def _record(fields: Mapping[str, Any], place: str, find: Find) -> Record:
         return _comparison(fields, place, find)
     if "messages" in fields or "conversations" in fields:
         return Record(place, messages=_conversation(fields, find))
-    if "question" in fields and "answer" in fields:
+    is_document = bool(DOCUMENT & fields.keys())
+    if "question" in fields and ("answer" in fields or not is_document):
         return Record(place, messages=_question(fields, find))
+    if "prompt" in fields and ("completion" in fields or not is_document):
+        turns = _turns(fields, "prompt", "user") + _turns(fields, "completion", "assistant")
+        return Record(place, messages=_conversation({**fields, "messages": turns}, find))
     parts = tuple(part for part in _document(fields, find) if part != "")
     if not any(isinstance(part, str) and part.strip() for part in parts):
         raise Unusable("it has no text")
@@ -126,11 +133,12 @@ def _comparison(fields: Mapping[str, Any], place: str, find: Find) -> Record:
         raise Unusable("a score is no number")
     if sorted(scores, reverse=True) != scores:
         raise Unusable("its answers are not in the order of their scores")
-    prompt = fields.get("messages", fields.get("prompt"))
-    if prompt is None:  # both dialogs begin with it
+    if "messages" in fields:
+        prompt = _list(fields["messages"], "messages")
+    elif "prompt" in fields:
+        prompt = _turns(fields, "prompt", "user")
+    else:  # both dialogs begin with it
         prompt = _list(given[0], "chosen")[:-1]
-    elif isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
     messages = _conversation({**fields, "messages": prompt}, find)
     if not messages:
         raise Unusable("it has answers to nothing")
@@ -151,7 +159,16 @@ def _answer(given: Any, prompt: int) -> str:
 
 def _question(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
     asked = *_images(fields, find), _text(fields["question"])
-    return _checked([("user", asked), ("assistant", (_text(fields["answer"]),))])
+    turns: list[tuple[str, Parts]] = [("user", asked)]
+    if "answer" in fields:
+        turns.append(("assistant", (_text(fields["answer"]),)))
+    return _checked(turns)
+
+
+def _turns(fields: Mapping[str, Any], name: str, role: str) -> list[Any]:
+    """A text is one turn of that role; nothing is none."""
+    given = fields.get(name, [])
+    return [{"role": role, "content": given}] if isinstance(given, str) else _list(given, name)
 
 
 def _conversation(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
