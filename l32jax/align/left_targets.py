@@ -30,6 +30,7 @@ from l32jax.data.shards import (
     INDEX,
     encode_sample,
     read_index,
+    require_same,
     shard_name,
     tokenizer_digest,
     write_index,
@@ -90,7 +91,7 @@ def leave_targets(config: LeftConfig, models: Sequence[Model]) -> dict[str, Any]
     sources = open_sources(config.data, tokenizer)
     about = _about(config, tokenizer, [len(source) for source in sources])
     if (output / INDEX).exists():
-        return _same(read_index(output), about, output)
+        return require_same(read_index(output), about, output)
     units, folder = list(_units(sources)), output / "unfinished"
     number, parts = config.part
     with locks.take(folder / f"part-{number}", f"part {number} of {str(output)!r}"):
@@ -143,19 +144,10 @@ def _about(config: LeftConfig, tokenizer: Tokenizer, lengths: Sequence[int]) -> 
     }
 
 
-def _same(found: dict[str, Any], about: dict[str, Any], where: Path) -> dict[str, Any]:
-    if any(found.get(name) != value for name, value in about.items()):
-        raise InputError(
-            f"output {str(where)!r}: it is of other models, sources or settings; remove it, or "
-            "choose another"
-        )
-    return found
-
-
 def _begin(folder: Path, about: dict[str, Any]) -> None:
     begun = folder / "begun.json"
     if begun.exists():
-        _same(json.loads(begun.read_text(encoding="utf-8")), about, folder.parent)
+        require_same(json.loads(begun.read_text(encoding="utf-8")), about, folder.parent)
         return
     unfinished = folder / f"begun.{uuid.uuid4().hex}.unfinished"
     unfinished.write_text(json.dumps(about), encoding="utf-8")

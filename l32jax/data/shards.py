@@ -102,6 +102,16 @@ def write_index(folder: Path, *, tokenizer: str, records: Sequence[int], about: 
     unfinished.rename(folder / INDEX)
 
 
+def require_same(found: dict[str, Any], about: dict[str, Any], output: Path) -> dict[str, Any]:
+    """What was found in an output, if it says of itself what `about` says."""
+    if any(found.get(name) != value for name, value in about.items()):
+        raise InputError(
+            f"output {str(output)!r}: it is of other sources, models or settings; remove it, or "
+            "choose another"
+        )
+    return found
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The content of a folder's index; InputError if it is missing or not as it was written."""
     path = folder / INDEX

@@ -181,7 +181,7 @@ def test_what_was_done_before_an_error_is_not_done_again(folder, whole, tmp_path
 
 def test_outputs_of_something_else_are_left_alone(folder, whole, tmp_path):
     before = contents(whole)
-    with pytest.raises(InputError, match="of another preparation"):
+    with pytest.raises(InputError, match="of other sources, models or settings"):
         prepare_here(config_for(folder, whole, seed=1))
     assert contents(whole) == before
     (tmp_path / "mine").mkdir()

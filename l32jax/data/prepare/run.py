@@ -24,7 +24,7 @@ from l32jax.data.prepare.task import Task
 from l32jax.data.prepare.units import Unit, UnitTask
 from l32jax.data.prepare.workplace import Workplace
 from l32jax.data.records import too_many_bad
-from l32jax.data.shards import INDEX, read_index, tokenizer_digest, write_index
+from l32jax.data.shards import INDEX, read_index, require_same, tokenizer_digest, write_index
 from l32jax.data.sources.open import CHARTS, EASY_VQA, open_records
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
@@ -60,7 +60,7 @@ def prepare(
     lengths, about = _opened(config)
     work = _Work(_everywhere(config), runner, progress)
     if (work.place.output / INDEX).exists():
-        index = _same(read_index(work.place.output), about, work.place)
+        index = require_same(read_index(work.place.output), about, work.place.output)
         shutil.rmtree(work.place.folder, ignore_errors=True)
         return index
     _begin(work.place, about)
@@ -102,19 +102,10 @@ def _everywhere(config: PrepareConfig) -> PrepareConfig:
     return dataclasses.replace(config, sources=sources, tokenizer=tokenizer, output=output)
 
 
-def _same(found: dict[str, Any], about: dict[str, Any], place: Workplace) -> dict[str, Any]:
-    if any(found.get(name) != value for name, value in about.items()):
-        raise InputError(
-            f"output {str(place.output)!r}: it is of another preparation; remove it, or choose "
-            "another"
-        )
-    return found
-
-
 def _begin(place: Workplace, about: dict[str, Any]) -> None:
     """Makes the output folder, or goes on with it if the same was begun there."""
     if place.begun.exists():
-        _same(json.loads(place.begun.read_text(encoding="utf-8")), about, place)
+        require_same(json.loads(place.begun.read_text(encoding="utf-8")), about, place.output)
         return
     if place.output.exists() and any(path != place.folder for path in place.output.iterdir()):
         raise InputError(f"output {str(place.output)!r}: it is there; remove it, or choose another")
