@@ -7,8 +7,8 @@ The model is first tuned on the text that all of this is about, Python's referen
 has never seen it would teach something else (teacher correction: Minitron in practice, arXiv
 2408.11796). Then it is pruned to about half of its parameters, and from there it goes two ways,
 over the same rows and with the same optimizer: by the next token alone, and by the distributions
-of the unpruned model. Perplexities are of topics that are held out. What was stopped
-goes on. On two CPU cores three quarters of an hour.
+of the unpruned model. Perplexities are of topics that are held out. What was stopped goes on. On
+two CPU cores three quarters of an hour.
 """
 
 import argparse
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--steps", type=int, default=200, help="after pruning")
     parser.add_argument("--rows", type=int, default=1, help="of 512 tokens, in each of these steps")
+    parser.add_argument("--peak-lr", type=float, default=5e-4, help="of these steps")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     whole = api.load(options.source)
@@ -103,7 +104,7 @@ def main() -> None:
     tuned, small = options.directory / "tuned", options.directory / "pruned"
     teacher = Teacher(model=whole.config, start_from=str(tuned))
     tune = partial(trained, steps=50, rows=4, peak_lr=2e-4, objective=NextToken())
-    heal = partial(trained, small, steps=options.steps, rows=options.rows, peak_lr=5e-4)
+    heal = partial(trained, small, steps=options.steps, rows=options.rows, peak_lr=options.peak_lr)
     distill = Distill(teachers=(teacher,))
     ways: dict[str, Callable[[], api.Model]] = {
         "whole": lambda: whole,
