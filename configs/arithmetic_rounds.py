@@ -3,9 +3,10 @@
     l32jax train configs/arithmetic_base.py
     l32jax rounds configs/arithmetic_rounds.py
 
-On two CPU cores: two minutes a round. Nothing but the model's own answers is learned from: the
-verifier reads the last number. DPO stays near its reference (beta 1, not 0.1): what wrong answers
-say after a wrong carry, "4 + 8 = 12", is right in itself, and would be unlearned.
+On two CPU cores: two or three minutes a round. Nothing but the model's own answers is learned from:
+the verifier reads the last number. Preferences are learned up to a margin (IPO, of one nat):
+without that they are pushed on where SFT has them right already, and what wrong answers say after a
+wrong carry, "4 + 8 = 12", is right in itself, and would be unlearned.
 """
 
 from dataclasses import replace
@@ -22,7 +23,7 @@ def config() -> RoundsConfig:
     pairs = replace(best, mixture=((PAIRS, 1.0),), max_pairs=2)
     sft = StageConfig(
         name="sft",
-        num_steps=40,
+        num_steps=10,
         trains=("language_model",),
         data=best,
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=2),
@@ -30,13 +31,13 @@ def config() -> RoundsConfig:
     dpo = replace(
         sft,
         name="dpo",
-        num_steps=20,
+        num_steps=60,
         data=pairs,
-        objective=Dpo(beta=1.0),
-        optimizer=OptimizerConfig(peak_lr=5e-5, warmup_steps=2),
+        objective=Dpo(loss="ipo", beta=0.5),
+        optimizer=OptimizerConfig(peak_lr=1e-4, warmup_steps=2),
     )
     reward = replace(
-        dpo, name="reward", num_steps=100, trains=("language_model", "reward_head"),
+        dpo, name="reward", num_steps=200, trains=("language_model", "reward_head"),
         objective=Reward(), optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=5),
     )  # fmt: skip
     return RoundsConfig(
@@ -52,6 +53,6 @@ def config() -> RoundsConfig:
         verifier="number",
         answers=8,
         rows=256,
-        sampling=SamplingConfig(max_new_tokens=48, temperature=1.0),
+        sampling=SamplingConfig(max_new_tokens=48, temperature=1.0, top_p=0.9),
         reward=reward,
     )
