@@ -8,7 +8,7 @@ has never seen it would teach something else (teacher correction: Minitron in pr
 2408.11796). Then it is pruned to about half of its parameters, and from there it goes two ways,
 over the same rows and with the same optimizer: by the next token alone, and by the distributions
 of the unpruned model. Perplexities are of topics that are held out. What was stopped goes on. On
-two CPU cores three quarters of an hour.
+two CPU cores about an hour.
 """
 
 import argparse
