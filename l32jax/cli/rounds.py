@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import closing
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,21 +49,29 @@ def rounds(config: File, overrides: Overrides = (), /) -> int:
     from l32jax.rounds.run import run_rounds
     from l32jax.train.stopping import Interrupted
 
+    rows: list[dict[str, Any]] = []
     try:
         with stoppable(), closing(Bar()) as bar:
-            rows = run_rounds(chosen, bar)
+            for row in run_rounds(chosen, bar):
+                rows.append(row)
     except (KeyboardInterrupt, Interrupted):
         print(
             "l32jax: stopped; what is done is kept, and the same command goes on", file=sys.stderr
         )
         return INTERRUPTED
-    shown = [name for name in TITLES if any(name in row for row in rows)]
-    table = Table("round", *(TITLES[name] for name in shown), title=f"verifier {chosen.verifier}")
-    for row in rows:
-        cells = [f"{row[name]:.1%}" if name in row else "" for name in shown]
-        table.add_row(str(row["round"]) if row["round"] else "start", *cells)
-    Console().print(table)
+    finally:
+        if rows:
+            _show(rows, chosen.verifier)
     print(
         f"The model of the last round is in {chosen.run.directory}/round_{rows[-1]['round']}/run."
     )
     return 0
+
+
+def _show(rows: list[dict[str, Any]], verifier: str) -> None:
+    shown = [name for name in TITLES if any(name in row for row in rows)]
+    table = Table("round", *(TITLES[name] for name in shown), title=f"verifier {verifier}")
+    for row in rows:
+        cells = [f"{row[name]:.1%}" if name in row else "" for name in shown]
+        table.add_row(str(row["round"]) if row["round"] else "start", *cells)
+    Console().print(table)

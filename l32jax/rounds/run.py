@@ -11,7 +11,7 @@ Each part is kept when it is done, and goes on where it was if it was not.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ SEEDS = 1_000_003  # between those of rounds
 Row = dict[str, Any]
 
 
-def run_rounds(config: RoundsConfig, progress: Progress) -> list[Row]:
-    """What is left of the rounds; a row of numbers for each, the start's first.
+def run_rounds(config: RoundsConfig, progress: Progress) -> Iterator[Row]:
+    """A row of numbers for each round when it is done, the start's first; done ones are not redone.
 
     Raises:
       InputError: a source or model is wrong, or the folder has rounds of another config.
@@ -52,10 +52,11 @@ def run_rounds(config: RoundsConfig, progress: Progress) -> list[Row]:
     if not rows:
         rows = [{"round": 0, "accuracy": _accuracy(api.load(_start(config, 1)), config)}]
         _write(directory / ROUNDS, rows)
+    yield from rows
     for number in range(len(rows), config.rounds + 1):
         rows.append(_round(config, number, progress))
         _write(directory / ROUNDS, rows)
-    return rows
+        yield rows[-1]
 
 
 def _folder(config: RoundsConfig, number: int) -> Path:

@@ -74,7 +74,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def done(base, tmp_path_factory):
     chosen = config(tmp_path_factory.mktemp("done"), base)
-    return chosen, run_rounds(chosen, Silent())
+    return chosen, list(run_rounds(chosen, Silent()))
 
 
 @pytest.mark.slow
@@ -114,9 +114,9 @@ def test_the_same_command_goes_on_after_any_part(done, base, tmp_path, monkeypat
     for name in parts:
         due.append(name)
         with pytest.raises(KeyboardInterrupt):
-            run_rounds(chosen, Silent())
-    assert run_rounds(chosen, Silent()) == expected
-    assert run_rounds(dataclasses.replace(chosen, rounds=1), Silent()) == expected
+            list(run_rounds(chosen, Silent()))
+    assert list(run_rounds(chosen, Silent())) == expected
+    assert list(run_rounds(dataclasses.replace(chosen, rounds=1), Silent())) == expected
 
 
 @pytest.mark.slow
@@ -140,9 +140,20 @@ def test_reward_models_learn_from_all_rounds_and_policies_from_the_last(tmp_path
     assert dpo.data.mixture == ((pairs[1], 1.0),)
 
 
-def test_answers_that_teach_nothing_are_told(tmp_path):
-    with pytest.raises(InputError, match="of 8 prompts 0 have a right one, and none a wrong one"):
-        run_rounds(config(tmp_path, "tiny-text", verifier="number"), Silent())
+def test_answers_that_teach_nothing_are_told_after_what_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    file = tmp_path / "untaught.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from tests.align_tests import test_rounds\n"
+        "def config():\n"
+        f"    folder = Path({str(tmp_path)!r})\n"
+        "    return test_rounds.config(folder, 'tiny-text', verifier='number')\n"
+    )
+    assert main(["rounds", str(file)]) == 2
+    table, complaint = capsys.readouterr()
+    assert "of 8 prompts 0 have a right one, and none a wrong one" in complaint
+    assert "start" in table and "0.0%" in table and "The model" not in table
 
 
 def test_a_folder_of_other_rounds_is_left_alone(tmp_path):
@@ -150,7 +161,7 @@ def test_a_folder_of_other_rounds_is_left_alone(tmp_path):
     (tmp_path / "rounds").mkdir()
     rounds._require_same(tmp_path / "rounds" / rounds.CONFIG, chosen)
     with pytest.raises(InputError, match="they have another config; give that, or another"):
-        run_rounds(dataclasses.replace(chosen, answers=4), Silent())
+        list(run_rounds(dataclasses.replace(chosen, answers=4), Silent()))
 
 
 @pytest.mark.parametrize(
