@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from l32jax.align.prompts import Prompt, prompt_of
 from l32jax.align.sampling import Answer, answers, fault
-from l32jax.align.verifiers import verdict, verifier
+from l32jax.align.verifiers import unverifiable, verdict, verifier
 from l32jax.config import SamplingConfig
 from l32jax.data.batches import own_rows, place
 from l32jax.data.packing import in_order
@@ -107,19 +107,20 @@ class OwnAnswers(Iterator[Batch]):
         records = [record for name, _ in self._stage.data.mixture for record in open_records(name)]
         found = [record if isinstance(record, Bad) else prompt_of(record) for record in records]
         model = Model(self._config.model, None, self._tokenizer, self._mesh)
-        faults = [
-            each.why if isinstance(each, Bad) else fault(model, each, self._sampling())
-            for each in found
-        ]
+        faults = [each.why if isinstance(each, Bad) else self._fault(model, each) for each in found]
         bad = [why for why in faults if why is not None]
-        if len(bad) > self._stage.data.max_bad * len(found):
+        if len(bad) > self._stage.data.max_bad * len(found) or len(bad) == len(found):
             raise InputError(
                 f"prompts of stage {self._stage.name!r}: {len(bad)} of {len(found)} cannot be "
-                f"asked ({bad[0]}); mend them, or let max_bad={self._stage.data.max_bad} allow it"
+                f"asked ({bad[0]}); mend them, or raise max_bad={self._stage.data.max_bad}"
             )
         return [
             p for p, why in zip(found, faults, strict=True) if isinstance(p, Prompt) and not why
         ]
+
+    def _fault(self, model: Model, prompt: Prompt) -> str | None:
+        why = fault(model, prompt, self._sampling())
+        return why or unverifiable(self._verify, prompt.truth)
 
     def _sampling(self) -> SamplingConfig:
         how = self._how

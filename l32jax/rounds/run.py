@@ -23,7 +23,7 @@ from l32jax.align.output import Report, appearing
 from l32jax.align.prompts import Prompt, prompt_of
 from l32jax.align.run import Scoring, sample
 from l32jax.align.sampling import Engine, answers, fingerprint
-from l32jax.align.verifiers import verdict, verifier
+from l32jax.align.verifiers import Verifier, unverifiable, verdict, verifier
 from l32jax.checkpoint.engine.transfer import Progress
 from l32jax.config_text import to_json
 from l32jax.data.records import Bad
@@ -160,19 +160,24 @@ def _accuracy(model: Model, config: RoundsConfig) -> float:
     """Of greedy answers to the held-out prompts."""
     check = verifier(config.verifier)
     greedy = dataclasses.replace(config.sampling, temperature=0.0)
-    asked = _prompts(config.held_out)
+    asked = _prompts(config.held_out, check)
     told = answers(model, asked, number=1, sampling=greedy, rows=config.rows)
     scores = [verdict(check, one.text, one.prompt.truth).score for (one,) in told]
     return float(np.mean(scores))
 
 
-def _prompts(source: str) -> Sequence[Prompt]:
+def _prompts(source: str, check: Verifier) -> Sequence[Prompt]:
+    """Those whose answers can be verified."""
     records = open_records(source)
     found = [records[number] for number in range(len(records))]
     prompts = [each if isinstance(each, Bad) else prompt_of(each) for each in found]
-    usable = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    usable = [
+        prompt
+        for prompt in prompts
+        if isinstance(prompt, Prompt) and unverifiable(check, prompt.truth) is None
+    ]
     if not usable:
-        raise InputError(f"held_out={source!r} of rounds: nothing in it can be asked")
+        raise InputError(f"held_out={source!r} of rounds: nothing in it can be asked and verified")
     return usable
 
 

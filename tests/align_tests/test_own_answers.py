@@ -36,13 +36,17 @@ def folder(tmp_path_factory) -> Path:
     write_lines(folder / "sums.jsonl", lines)
     write_lines(folder / "seen.jsonl", [*lines[:2], lines[2] | {"image": "a.png"}])
     write_lines(folder / "long.jsonl", [{"question": "x" * 56, "answer": "1"}])
+    write_lines(folder / "words.jsonl", [{"question": f"{n}?", "answer": "word"} for n in range(3)])
+    write_lines(folder / "some.jsonl", [*lines, {"question": "0?", "answer": "word"}])
     return folder
 
 
-def fed(source: Path, how: Grpo = HOW, *, model="tiny-text", seed=0, policy=0) -> OwnAnswers:
+def fed(
+    source: Path, how: Grpo = HOW, *, model="tiny-text", seed=0, policy=0, **changes
+) -> OwnAnswers:
     """As the loop feeds itself, by a policy with random parameters."""
     base = l32jax.load(model)
-    data = DataConfig(mixture=((str(source), 1.0),), batch_size=2, length=LENGTH)
+    data = DataConfig(mixture=((str(source), 1.0),), batch_size=2, length=LENGTH, **changes)
     if base.config.vision is not None:
         data = dataclasses.replace(data, max_images=2)
     stage = StageConfig(
@@ -155,6 +159,15 @@ def test_rewards_that_never_differ_are_an_input_error(folder, monkeypatch):
     monkeypatch.setattr(own_answers, "FRUITLESS", 2)
     with pytest.raises(InputError, match="2 times none of 3 had answers of different rewards"):
         next(fed(folder / "sums.jsonl", dataclasses.replace(HOW, verifier="number")))
+
+
+def test_prompts_that_nothing_can_be_told_of_are_not_asked(folder):
+    how = dataclasses.replace(HOW, verifier="number")
+    assert len(fed(folder / "some.jsonl", how, max_bad=0.2)._prompts) == 7
+    with pytest.raises(InputError, match="1 of 8 cannot be asked .*it has no number"):
+        next(fed(folder / "some.jsonl", how))
+    with pytest.raises(InputError, match="3 of 3 cannot be asked .*it has no number"):
+        next(fed(folder / "words.jsonl", how, max_bad=1.0))
 
 
 def test_an_answer_beyond_a_row_is_an_input_error(folder):

@@ -11,6 +11,7 @@ from configs import arithmetic_base, arithmetic_rounds
 from l32jax import api
 from l32jax.__main__ import main
 from l32jax.align import judging
+from l32jax.align.verifiers import number
 from l32jax.config import SamplingConfig
 from l32jax.errors import InputError
 from l32jax.rounds import run as rounds
@@ -154,6 +155,16 @@ def test_answers_that_teach_nothing_are_told_after_what_is_done(tmp_path, monkey
     table, complaint = capsys.readouterr()
     assert "of 8 prompts 0 have a right one, and none a wrong one" in complaint
     assert "start" in table and "0.0%" in table and "The model" not in table
+
+
+def test_accuracy_is_of_what_can_be_verified(tmp_path):
+    lines = [{"question": "1?", "answer": "word"}, {"question": "2?", "answer": "2"}]
+    write_lines(tmp_path / "mixed.jsonl", lines)
+    write_lines(tmp_path / "words.jsonl", lines[:1])
+    (asked,) = rounds._prompts(str(tmp_path / "mixed.jsonl"), number)
+    assert asked.truth.answer == "2"
+    with pytest.raises(InputError, match="nothing in it can be asked and verified"):
+        rounds._prompts(str(tmp_path / "words.jsonl"), number)
 
 
 def test_a_folder_of_other_rounds_is_left_alone(tmp_path):
