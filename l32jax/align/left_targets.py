@@ -185,8 +185,17 @@ def _write(folder: Path, number: int, samples: Sequence[Sample], logs: LogKind) 
 
 
 def _finish(output: Path, folder: Path, units: int, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The index, which the first of the parts that find all units done writes."""
     if not all(_is_done(output, folder, number, units) for number in range(units)):
         return None
+    with locks.take(folder / "end", f"end of {str(output)!r}", wait=True):
+        if not (output / INDEX).exists():
+            _end(output, folder, units, about)
+        shutil.rmtree(folder, ignore_errors=True)  # which another part may be doing
+    return read_index(output)
+
+
+def _end(output: Path, folder: Path, units: int, about: dict[str, Any]) -> None:
     sums = [json.loads(_unit(folder, number, "json").read_bytes()) for number in range(units)]
     total = {name: sum(each[name] for each in sums) for name in sums[0]}
     shards = [output / shard_name(number, units) for number in range(units)]
@@ -199,5 +208,3 @@ def _finish(output: Path, folder: Path, units: int, about: dict[str, Any]) -> di
     known["teacher_mass"] = total["mass"] / max(total["tokens"], 1)
     counts = [len(Shard(shard)) for shard in shards]
     write_index(output, tokenizer=about["tokenizer"], records=counts, about=known)
-    shutil.rmtree(folder)
-    return read_index(output)

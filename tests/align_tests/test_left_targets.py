@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -197,6 +199,25 @@ def test_parts_and_a_kill_between_units_make_the_same(folder, tmp_path, monkeypa
     assert {path.name for path in parts.iterdir()} == files and len(files) == 4
     for name in files:
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_parts_that_end_together_write_one_index(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(left_targets, "UNIT", 1)
+    finish, ending = left_targets._finish, []
+    monkeypatch.setattr(left_targets, "_finish", lambda *args: ending.append(args))
+    made = config(folder / "texts.jsonl", tmp_path / "out", top_k=3)
+    for number in range(2):
+        left(dataclasses.replace(made, part=(number, 2)))
+    together = threading.Barrier(8)
+
+    def end(number: int):
+        together.wait()
+        return finish(*ending[number % 2])
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(end, range(8)))
+    assert all(index == found[0] and index is not None for index in found)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {INDEX, *found[0]["shards"]}
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from typing import IO
 from l32jax.errors import InputError
 
 
-def take(directory: Path, what: str) -> IO[bytes]:
+def take(directory: Path, what: str, *, wait: bool = False) -> IO[bytes]:
     """Creates the directory, and the open file whose lock ends with this process at the latest.
 
-    InputError, about `what`, while another process, or another open file of this one, holds it.
+    While another process, or another open file of this one, holds it, an InputError, about `what`,
+    unless it is to `wait`.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -20,7 +21,7 @@ def take(directory: Path, what: str) -> IO[bytes]:
             f"{what}: {error.strerror}; choose a place that can be written to"
         ) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         file.close()
         raise InputError(
