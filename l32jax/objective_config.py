@@ -1,6 +1,7 @@
 """What a stage minimises, as frozen dataclasses; `kind` tells them apart, in files too."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from l32jax.config import LlamaConfig, require_positive
@@ -31,8 +32,10 @@ class Teacher:
     weight: float = 1.0
 
     def __post_init__(self):
-        if not self.weight > 0:
-            raise InputError(f"weight={self.weight} of teacher {self.start_from!r}: give more")
+        if not 0 < self.weight < math.inf:
+            raise InputError(
+                f"weight={self.weight} of teacher {self.start_from!r}: give a number above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,11 @@ class Distill:
                 f"{len(self.teachers)} teachers and top_k={self.top_k} of a distillation: give "
                 "teachers to ask, or how many words of theirs the data has"
             )
-        if not 0 < self.beta < 1 or not 0 <= self.share <= 1 or not self.temperature > 0:
+        shares = 0 < self.beta < 1 and 0 <= self.share <= 1
+        if not (shares and 0 < self.temperature < math.inf):
             raise InputError(
                 f"beta={self.beta}, share={self.share}, temperature={self.temperature} of a "
-                "distillation: shares lie between 0 and 1, and a temperature above 0"
+                "distillation: shares lie between 0 and 1; a temperature is a number above 0"
             )
 
 
@@ -94,10 +98,11 @@ class Dpo:
 
     def __post_init__(self):
         require_positive(self, "refresh_every")
-        if not self.beta > 0 or self.nll < 0 or not 0 <= self.ema_decay < 1:
+        weights = 0 < self.beta < math.inf and 0 <= self.nll < math.inf
+        if not (weights and 0 <= self.ema_decay < 1):
             raise InputError(
                 f"beta={self.beta}, nll={self.nll}, ema_decay={self.ema_decay} of DPO: beta is "
-                "above 0, nll not below, and ema_decay a share below 1"
+                "a number above 0, nll one not below, and ema_decay a share below 1"
             )
 
 
@@ -114,7 +119,7 @@ class Reward:
     l2: float = 0.0
 
     def __post_init__(self):
-        if self.margin < 0 or self.l2 < 0:
+        if not (0 <= self.margin < math.inf and 0 <= self.l2 < math.inf):
             raise InputError(f"margin={self.margin}, l2={self.l2} of rewards: give none below 0")
 
 
@@ -149,10 +154,12 @@ class Grpo:
         require_positive(self, "prompts", "epochs", "max_new_tokens", "refresh_every")
         if self.answers < 2:
             raise InputError(f"answers={self.answers} of GRPO: they are compared; give 2 at least")
-        if not 0 < self.clip < 1 or self.kl < 0 or not self.temperature > 0:
+        shares = 0 < self.clip < 1 and 0 <= self.ema_decay < 1
+        if not (shares and 0 <= self.kl < math.inf and 0 < self.temperature < math.inf):
             raise InputError(
-                f"clip={self.clip}, kl={self.kl}, temperature={self.temperature} of GRPO: clip "
-                "lies between 0 and 1, the others above 0"
+                f"clip={self.clip}, ema_decay={self.ema_decay}, kl={self.kl}, "
+                f"temperature={self.temperature} of GRPO: shares lie between 0 and 1; kl is a "
+                "number not below 0, a temperature one above it"
             )
 
 

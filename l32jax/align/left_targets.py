@@ -68,10 +68,10 @@ class LeftConfig:
     part: tuple[int, int] = (0, 1)
 
     def __post_init__(self):
-        if self.top_k < 0 or not self.temperature > 0 or not self.teachers:
+        if self.top_k < 0 or not self.teachers:
             raise InputError(
-                f"top_k={self.top_k}, temperature={self.temperature} of {len(self.teachers)} "
-                "teachers: give none below 0, a temperature above it, and a teacher"
+                f"top_k={self.top_k} of {len(self.teachers)} teachers: give none below 0, and a "
+                "teacher"
             )
         number, parts = self.part
         if not 0 <= number < parts:
@@ -88,6 +88,7 @@ def leave_targets(config: LeftConfig, models: Sequence[Model]) -> dict[str, Any]
         more than a hundredth of the records is unusable.
     """
     output, tokenizer = Path(config.output), _tokenizer(config, models)
+    shape, score = _row_shape(config, models[0].config), _scorer(config, models)
     sources = open_sources(config.data, tokenizer)
     about = _about(config, tokenizer, [len(source) for source in sources])
     if (output / INDEX).exists():
@@ -96,7 +97,6 @@ def leave_targets(config: LeftConfig, models: Sequence[Model]) -> dict[str, Any]
     number, parts = config.part
     with locks.take(folder / f"part-{number}", f"part {number} of {str(output)!r}"):
         _begin(folder, about)
-        shape, score = _row_shape(config, models[0].config), _scorer(config, models)
         mine = range(number, len(units), parts)
         todo = [unit for unit in mine if not _is_done(output, folder, unit, len(units))]
         with told("records scored", sum(len(units[unit]) for unit in todo)) as advance:

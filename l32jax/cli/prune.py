@@ -178,6 +178,7 @@ def _reported(pruned: "Pruned", destination: str, about: dict[str, str]) -> Iter
     from l32jax.compress.report import as_json
 
     path = Path(f"{destination}.{REPORT}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(as_json(pruned, about))
     try:

@@ -201,6 +201,13 @@ def test_parts_and_a_kill_between_units_make_the_same(folder, tmp_path, monkeypa
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"teachers": (("tiny-text", 0.0),)}])
+def test_nothing_is_begun_with_values_that_cannot_be(folder, tmp_path, changes):
+    with pytest.raises(InputError, match="above 0"):
+        left(config(folder / "texts.jsonl", tmp_path / "out", top_k=3, **changes))
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_that_end_together_write_one_index(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(left_targets, "UNIT", 1)
     finish, ending = left_targets._finish, []

@@ -10,7 +10,7 @@ from l32jax.conversion import convert
 
 SMALLER = ("--layers", "3", "--mlp-dim", "96", "--heads", "2")
 HOW = ("--calibration", "talk.jsonl", "--rows", "4", "--length", "64", "--mesh", "data=8")
-PRUNE = ("prune", "tiny-text", "small")
+PRUNE = ("prune", "tiny-text", "made/small")
 
 
 @pytest.mark.slow
@@ -18,14 +18,14 @@ def test_a_pruned_model_is_one_that_answers_beside_its_report(run_folder, capsys
     assert main([*PRUNE, "--to", "custom", *SMALLER, *HOW]) == 0
     told = capsys.readouterr().out
     assert "1 of 4 layers: " in told and "64 of 160 neurons" in told and "perplexity" in told
-    model = l32jax.load("small")
+    model = l32jax.load("made/small")
     assert (model.config.decoder.num_groups, model.config.decoder.mlp_dim) == (3, 96)
     assert model.generate("3?", max_new_tokens=2)
-    report = json.loads((run_folder / "small.pruning.json").read_text())
+    report = json.loads((run_folder / "made/small.pruning.json").read_text())
     assert [step["part"] for step in report["steps"]] == ["whole", "depth", "heads", "FFN"]
     assert len(report["steps"][1]["kept"]["groups"]) == 3
     assert len(report["steps"][3]["kept"]["neurons"]["0"][2]) == 96
-    assert sorted(path.name for path in run_folder.glob("small*")) == [
+    assert sorted(path.name for path in run_folder.glob("made/small*")) == [
         "small",
         "small.pruning.json",
     ]
@@ -39,7 +39,7 @@ def test_nothing_is_left_of_one_that_was_stopped(run_folder, monkeypatch, stop):
     monkeypatch.setattr(convert, "write", stopped)
     code = main([*PRUNE, "--to", "custom", "--layers", "3", *HOW])
     assert code == (130 if stop is KeyboardInterrupt else 1)
-    assert not list(run_folder.glob("small*"))
+    assert not list(run_folder.glob("made/small*"))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_nothing_is_left_of_one_that_was_stopped(run_folder, monkeypatch, stop):
 )
 def test_what_cannot_be_pruned_is_told(complaint, run_folder, options, said):
     assert said in complaint(*PRUNE, *HOW, *options)
-    assert not list(run_folder.glob("small*"))
+    assert not list(run_folder.glob("made/small*"))
 
 
 def test_a_vision_model_loses_whole_groups(complaint, run_folder):
@@ -67,8 +67,9 @@ def test_a_vision_model_loses_whole_groups(complaint, run_folder):
     assert "groups of 5" in complaint("prune", "tiny-vision", "small", *options)
 
 
-@pytest.mark.parametrize("name", ["small", "small.pruning.json"])
+@pytest.mark.parametrize("name", ["made/small", "made/small.pruning.json"])
 def test_nothing_is_overwritten(complaint, run_folder, name):
+    (run_folder / "made").mkdir()
     (run_folder / name).write_text("mine")
     assert name in complaint(*PRUNE, "--to", "custom", "--layers", "3", *HOW)
 

@@ -1,12 +1,15 @@
 """Stages that cannot be are refused where they are written."""
 
 import dataclasses
+import math
 import re
+from functools import partial
 
 import pytest
 
 from l32jax.config_text import changed_fields, override, to_json
 from l32jax.errors import InputError
+from l32jax.objective_config import Distill, Dpo, Grpo, Reward, Teacher
 from l32jax.run_config import OptimizerConfig, TrainConfig
 from tests.train_tests.small import MODEL, TEXT, stage
 
@@ -35,6 +38,31 @@ RUN = TrainConfig(model=MODEL, stages=(stage(("adapter",)),) * 4, directory="run
 def test_an_impossible_run_says_what_is_wrong(assignment, message):
     with pytest.raises(InputError, match=re.escape(message)):
         override(RUN, assignment)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        (partial(Teacher, model=MODEL, start_from="teacher"), "weight"),
+        (partial(Distill, top_k=4), "temperature"),
+        (partial(Distill, top_k=4), "beta"),
+        (partial(Distill, top_k=4), "share"),
+        (Dpo, "beta"),
+        (Dpo, "nll"),
+        (Dpo, "ema_decay"),
+        (Reward, "margin"),
+        (Reward, "l2"),
+        (Grpo, "clip"),
+        (Grpo, "kl"),
+        (Grpo, "temperature"),
+        (Grpo, "ema_decay"),
+    ],
+)
+def test_an_impossible_objective_says_what_is_wrong(objective, name, value):
+    objective()
+    with pytest.raises(InputError, match=rf"\b{name}={value}"):
+        objective(**{name: value})
 
 
 def test_a_text_model_has_no_image_size():
