@@ -82,7 +82,7 @@ def sample(
     records = open_records(source)
     _refuse_others(folder)
     with take(folder, f"answers in {folder}"):
-        _keep_settings(folder / SETTINGS, settings)
+        _keep_settings(folder, settings)
         with closing(AnswerLog(folder / ANSWERS)) as log:
             return _Run(records, folder, answerer, number, scoring, log, progress).run(settings)
 
@@ -93,15 +93,17 @@ def _refuse_others(folder: Path) -> None:
         raise InputError(f"answers in {folder}: it holds something else; give another folder")
 
 
-def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    if not path.exists():
-        with appearing(path.parent, path.name) as (file,):
+def _keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Those of the first answer: until there is one, others may take their place."""
+    path, drawn = folder / SETTINGS, folder / ANSWERS
+    if not (drawn.exists() and drawn.stat().st_size):
+        with appearing(folder, SETTINGS) as (file,):
             file.write(json.dumps(settings, indent=2) + "\n")
     before, now = _flat(_read_settings(path)), _flat(settings)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise InputError(
-                f"answers in {path.parent}: they were drawn with {name}={before.get(name)!r}, not "
+                f"answers in {folder}: they were drawn with {name}={before.get(name)!r}, not "
                 f"{now.get(name)!r}; give the same again, or another folder"
             )
 

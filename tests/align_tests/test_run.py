@@ -204,6 +204,14 @@ def test_a_folder_holds_answers_of_one_kind(source, tmp_path):
             go(source, tmp_path / "out", settings=SETTINGS | other)
 
 
+def test_settings_that_gave_no_answer_can_be_corrected(source, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        go(source, tmp_path / "out", Parrot(after=0), settings=SETTINGS | {"model": "mistaken"})
+    go(source, tmp_path / "out")
+    with pytest.raises(InputError, match="drawn with model='spoken for', not 'mistaken'"):
+        go(source, tmp_path / "out", settings=SETTINGS | {"model": "mistaken"})
+
+
 @pytest.mark.parametrize("damage", ["", "no JSON", "[]"])
 def test_damaged_settings_are_told(damage, source, tmp_path):
     go(source, tmp_path / "out")
