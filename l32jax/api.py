@@ -21,6 +21,7 @@ from l32jax.checkpoint.steps import Steps
 from l32jax.config import Behaviour, Compat, LlamaConfig
 from l32jax.config_text import did_you_mean
 from l32jax.data import tokenizer_files
+from l32jax.data.shards import tokenizer_digest
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.model import Model, require_matching
@@ -31,7 +32,7 @@ from l32jax.model.quantise import frozen_as
 from l32jax.objective_config import Grpo, Teacher
 from l32jax.presets import PRESETS, mesh_for
 from l32jax.run_config import TrainConfig
-from l32jax.sharding import make_mesh, single_device_mesh
+from l32jax.sharding import make_mesh, require_divisible, single_device_mesh
 from l32jax.train.loop import Fed, rows_of_stage, stage_directory, train
 
 META = Compat()
@@ -101,6 +102,7 @@ def _fitting(found: Tokenizer | None, config: LlamaConfig, where: str) -> Tokeni
 
 def _params(found: _Found, mesh: Mesh, dtype: Any, seed: int) -> Params:
     """On devices; each process reads the slices that it holds."""
+    require_divisible(found.config, "the model", mesh.shape)
     with jax.set_mesh(mesh):
         if found.slices is None:
             init = partial(init_params, found.config, dtype=dtype)
@@ -145,7 +147,7 @@ def run(config: TrainConfig) -> Model:
     model = _beginning(config, mesh)
     tokenizer = model.require_tokenizer()
     params, model.params = model.params, None
-    load_teacher = partial(_teacher, config, mesh)
+    load_teacher = partial(_teacher, config, tokenizer, mesh)
     model.params = train(config, tokenizer, params, mesh, load_teacher, _open_rows)
     model.config = config.model_of(len(config.stages) - 1)
     return model
@@ -157,9 +159,15 @@ def _open_rows(config: TrainConfig, number: int, tokenizer: Tokenizer, mesh: Mes
     return rows_of_stage(config, number, tokenizer, mesh)
 
 
-def _teacher(config: TrainConfig, mesh: Mesh, teacher: Teacher) -> Params:
+def _teacher(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh, teacher: Teacher) -> Params:
     """Its parameters as frozen ones are kept."""
-    found = _find(teacher.start_from, config.tokenizer, teacher.model.compat)
+    found = _find(teacher.start_from, None, teacher.model.compat)
+    own = found.tokenizer
+    if own is not None and tokenizer_digest(own) != tokenizer_digest(tokenizer):
+        raise InputError(
+            f"teacher {teacher.start_from!r}: its tokenizer is not the model's; take a teacher of "
+            "the same family"
+        )
     if found.config != teacher.model:
         raise InputError(
             f"start_from {teacher.start_from!r} of a teacher: it is not the model that the config "

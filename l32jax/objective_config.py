@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from l32jax.config import LlamaConfig, require_positive
+from l32jax.config import LlamaConfig, VisionConfig, require_positive
 from l32jax.errors import InputError
 
 # The model that a policy is held against: a copy of where the stage starts; a running average of
@@ -166,6 +166,18 @@ class Grpo:
 Objective = NextToken | Distill | Dpo | Reward | Grpo
 
 
+def teachers_of(objective: Objective) -> tuple[Teacher, ...]:
+    """Those that are asked in every step."""
+    return objective.teachers if isinstance(objective, Distill) else ()
+
+
+def reads_targets(objective: Objective) -> bool:
+    """Whether it learns from what `l32jax data score` has left in the data."""
+    if isinstance(objective, Distill):
+        return bool(objective.top_k)
+    return isinstance(objective, Dpo) and objective.reference == "data"
+
+
 def keeps_reference(objective: Objective) -> bool:
     """Whether a stage's state has a reference model of its own."""
     if isinstance(objective, Grpo):
@@ -175,12 +187,31 @@ def keeps_reference(objective: Objective) -> bool:
 
 def models_beside(objective: Objective, policy: LlamaConfig) -> dict[str, tuple[LlamaConfig, ...]]:
     """Whose forward passes a step has beside that of the model that trains, by what they are."""
-    teachers = objective.teachers if isinstance(objective, Distill) else ()
+    teachers = tuple(teacher.model for teacher in teachers_of(objective))
     reference = (policy,) if keeps_reference(objective) else ()
-    found = {"teachers": tuple(each.model for each in teachers), "reference": reference}
+    found = {"teachers": teachers, "reference": reference}
     return {name: models for name, models in found.items() if models}
 
 
 def compares(objective: Objective) -> bool:
     """Whether it learns from comparisons of answers."""
     return isinstance(objective, Dpo | Reward)
+
+
+def require_readable(teacher: Teacher, student: LlamaConfig, stage: str, *, seeing: bool) -> None:
+    """InputError unless a teacher can read its student's rows, with images if `seeing`."""
+    words, known = student.decoder.vocab_size, teacher.model.decoder.vocab_size
+    vision, why = teacher.model.vision, None
+    if known != words:
+        why = f"it knows {known} words, and the model {words}; take one of the same family"
+    elif seeing and vision is None:
+        why = "it reads text only, and rows have images; take one that sees, or set max_images=0"
+    elif seeing and student.vision and vision and tiles_of(vision) != tiles_of(student.vision):
+        why = "its tiles are of another size or number than the model's; take one of the same"
+    if why:
+        raise InputError(f"teacher {teacher.start_from!r} of stage {stage!r}: {why}")
+
+
+def tiles_of(vision: VisionConfig) -> tuple[int, int]:
+    """How large and how many they are; models in which both are the same read the same rows."""
+    return vision.image_size, vision.max_tiles

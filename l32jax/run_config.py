@@ -12,7 +12,14 @@ from l32jax.config import (
     require_positive,
 )
 from l32jax.errors import InputError
-from l32jax.objective_config import NextToken, Objective, compares
+from l32jax.objective_config import (
+    NextToken,
+    Objective,
+    compares,
+    reads_targets,
+    require_readable,
+    teachers_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +176,16 @@ class StageConfig:
                 f"features={self.data.features!r} of stage {self.name!r}: it trains vision_tower, "
                 "which changes them; leave one of the two out"
             )
+        if self.data.features is not None and teachers_of(self.objective):
+            raise InputError(
+                f"features={self.data.features!r} of stage {self.name!r}: teachers see images by "
+                "their own encoders; leave one of the two out"
+            )
+        if self.data.mirror_images and reads_targets(self.objective):
+            raise InputError(
+                f"mirror_images of stage {self.name!r}: what models left in its data is of the "
+                "images as they were; leave it out"
+            )
         if compares(self.objective) and not self.data.max_pairs:
             raise InputError(
                 f"max_pairs=0 of stage {self.name!r}: its objective {self.objective.kind!r} learns "
@@ -258,7 +275,9 @@ class TrainConfig:
                     f"features={stage.data.features!r} of stage {stage.name!r}: it trains lora of "
                     "the image encoder, which changes them; leave one of the two out"
                 )
-            self.model_of(number)  # its own checks are those of the size
+            student = self.model_of(number)  # its own checks are those of the size
+            for teacher in teachers_of(stage.objective):
+                require_readable(teacher, student, stage.name, seeing=stage.data.max_images > 0)
 
     @property
     def _adapts_encoder(self) -> bool:

@@ -25,7 +25,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Int
 
-from l32jax.config import MeshConfig
+from l32jax.config import LlamaConfig, MeshConfig
 from l32jax.errors import InputError
 
 CONTEXT_AXIS = "context"
@@ -105,6 +105,18 @@ def _within(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
 def row_parts(axes: Mapping[str, int]) -> int:
     """Parts that the rows of a batch are in, on a mesh with axes of these sizes."""
     return math.prod(axes[axis] for axis in ACTIVATION_AXES["b"])
+
+
+def require_divisible(model: LlamaConfig, name: str, axes: Mapping[str, int]) -> None:
+    """InputError unless a mesh with axes of these sizes can divide the model's weights."""
+    sizes = {"d": "embed_dim", "f": "mlp_dim", "n": "num_heads", "k": "num_kv_heads"}
+    for letter, size in sizes.items():
+        axis, found = PARAM_AXES[letter], getattr(model.decoder, size)
+        if found % axes[axis]:
+            raise InputError(
+                f"{size}={found} of {name}: the mesh's axis {axis} of {axes[axis]} devices does "
+                "not divide it; choose another size or mesh"
+            )
 
 
 @functools.lru_cache(maxsize=32)  # it looks at every device, and is asked for every batch

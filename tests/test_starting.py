@@ -1,5 +1,6 @@
 """Where a run begins: at its own model's weights, or at the text model that it is built on."""
 
+import base64
 import dataclasses
 from functools import partial
 
@@ -11,9 +12,12 @@ from jax.sharding import Mesh
 from l32jax import api
 from l32jax.config import LlamaConfig
 from l32jax.conversion.convert import save
+from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
+from l32jax.generate.model import Model
 from l32jax.model.llama import init_params
 from l32jax.model.parameters import flatten, part_of
+from l32jax.objective_config import Teacher
 from l32jax.presets import TINY_TEXT, TINY_VISION, with_vision
 from l32jax.run_config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 from l32jax.sharding import make_mesh, single_device_mesh
@@ -53,6 +57,33 @@ def text(tmp_path_factory):
     model = api.load("tiny-text", seed=3)
     save(model, folder, to="hf")
     return folder, model
+
+
+def test_a_teacher_has_the_tokenizer_of_its_student(tmp_path):
+    words = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+    lines = [f"{word} {(place + 100) % 256}" for place, word in enumerate(words)]
+    (tmp_path / "tokenizer.model").write_text("\n".join(sorted(lines, key=_rank)) + "\n")
+    other = Tokenizer.from_file(tmp_path / "tokenizer.model")
+    config = run_config(tmp_path, "none")
+    wise = Teacher(model=TINY_TEXT, start_from="tiny-text")
+    with pytest.raises(InputError, match="teacher 'tiny-text': its tokenizer is not the model's"):
+        api._teacher(config, other, single_device_mesh(), wise)
+    own = api.load("tiny-text").require_tokenizer()
+    assert api._teacher(config, own, single_device_mesh(), wise)["decoder"]
+
+
+def _rank(line: str) -> int:
+    return int(line.split()[1])
+
+
+def test_a_mesh_that_does_not_divide_a_model_is_told(tmp_path):
+    decoder = dataclasses.replace(TINY_TEXT.decoder, mlp_dim=95)
+    config = LlamaConfig(decoder=decoder)
+    with jax.set_mesh(single_device_mesh()):
+        params = init_params(config, jax.random.key(0))
+    save(Model(config, params, None, single_device_mesh()), tmp_path / "odd")
+    with pytest.raises(InputError, match="mlp_dim=95 of the model: the mesh's axis tensor of 2"):
+        api.load(tmp_path / "odd", mesh=make_mesh(MeshConfig(data=4, tensor=2)))
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from l32jax.align.left_unit import Numbered, Scored, scored_samples, scorer, summary
+from l32jax.align.sampling import fingerprint
 from l32jax.checkpoint.engine import locks
-from l32jax.config import LlamaConfig
 from l32jax.config_text import to_json
 from l32jax.data.beside import Beside
 from l32jax.data.beside_packed import LogKind
@@ -39,7 +39,7 @@ from l32jax.data.sources.mixture import open_sources, row_shape
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
 from l32jax.generate.model import Model
-from l32jax.objective_config import Distill, Teacher
+from l32jax.objective_config import Distill, Teacher, tiles_of
 from l32jax.run_config import DataConfig
 from l32jax.sharding import row_parts
 from l32jax.train.progress import told
@@ -73,6 +73,8 @@ class LeftConfig:
                 f"top_k={self.top_k} of {len(self.teachers)} teachers: give none below 0, and a "
                 "teacher"
             )
+        if self.data.length < 2:
+            raise InputError("length=1 of rows: nothing is said of a first token; give 2 at least")
         number, parts = self.part
         if not 0 <= number < parts:
             raise InputError(f"part {number} of {parts}: parts are counted from 0")
@@ -88,9 +90,9 @@ def leave_targets(config: LeftConfig, models: Sequence[Model]) -> dict[str, Any]
         more than a hundredth of the records is unusable.
     """
     output, tokenizer = Path(config.output), _tokenizer(config, models)
-    shape, score = _row_shape(config, models[0].config), _scorer(config, models)
+    shape, score = _row_shape(config, models), _scorer(config, models)
     sources = open_sources(config.data, tokenizer)
-    about = _about(config, tokenizer, [len(source) for source in sources])
+    about = _about(config, models, [len(source) for source in sources])
     if (output / INDEX).exists():
         return require_same(read_index(output), about, output)
     units, folder = list(_units(sources)), output / "unfinished"
@@ -125,12 +127,18 @@ def _tokenizer(config: LeftConfig, models: Sequence[Model]) -> Tokenizer:
     return tokenizers[0]
 
 
-def _row_shape(config: LeftConfig, model: LlamaConfig) -> RowShape:
-    shape = row_shape(config.data, model)
-    return dataclasses.replace(shape, beside=Beside(pairs=config.data.max_pairs))
+def _row_shape(config: LeftConfig, models: Sequence[Model]) -> RowShape:
+    """That which the models have in common."""
+    shapes = [row_shape(config.data, model.config) for model in models]
+    if len({shape.vision and tiles_of(shape.vision.encoder) for shape in shapes}) > 1:
+        raise InputError(
+            f"teachers {', '.join(path for path, _ in config.teachers)}: their tiles differ in "
+            "size or number; give models of one family"
+        )
+    return dataclasses.replace(shapes[0], beside=Beside(pairs=config.data.max_pairs))
 
 
-def _about(config: LeftConfig, tokenizer: Tokenizer, lengths: Sequence[int]) -> dict[str, Any]:
+def _about(config: LeftConfig, models: Sequence[Model], lengths: Sequence[int]) -> dict[str, Any]:
     """What the index says; what decides about the output is in it."""
     settings = json.loads(to_json(config))
     for name in ("output", "part"):
@@ -140,7 +148,8 @@ def _about(config: LeftConfig, tokenizer: Tokenizer, lengths: Sequence[int]) -> 
         "sources": [list(pair) for pair in zip(names, lengths, strict=True)],
         "targets": {"top_k": config.top_k, "temperature": config.temperature},
         "config": settings,
-        "tokenizer": tokenizer_digest(tokenizer),
+        "teachers": [fingerprint(model.params) for model in models],
+        "tokenizer": tokenizer_digest(models[0].require_tokenizer()),
     }
 
 

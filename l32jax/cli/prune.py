@@ -85,6 +85,7 @@ def prune(
         "head_dim": head_dim,
     }
     given = {name: size for name, size in sizes.items() if size is not None}
+    destination = destination.rstrip("/") or "/"
     _check(to, {"layers": layers} | sizes, destination, rows, length)
     from l32jax import api
     from l32jax.compress.batches import open_sets
@@ -95,6 +96,8 @@ def prune(
     sets = partial(open_sets, calibration=calibration, held_out=held_out, rows=rows, length=length)
     before = _config_of(source)
     target = _target(before, to, layers, given)
+    if destination.endswith(".gguf") and target.vision is not None:
+        raise InputError(f"destination {destination!r}: GGUF holds text only; choose another name")
     try:
         with stoppable(), closing(Bar()) as bar:
             devices = make_mesh(MeshConfig.parse(mesh))
@@ -127,6 +130,10 @@ def _check(to: str, sizes: dict[str, int | None], destination: str, rows: int, l
         raise InputError(
             f"destination {destination!r}: write it to a disk, and let `l32jax convert` copy it"
         )
+    parent = Path(destination).absolute().parent
+    existing = next(folder for folder in (parent, *parent.parents) if os.path.lexists(folder))
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise InputError(f"destination {destination!r}: nothing can be written to {existing}")
     for path in (destination, f"{destination}.{REPORT}"):
         if os.path.lexists(path):
             raise InputError(f"destination {path!r}: it exists; choose another name")

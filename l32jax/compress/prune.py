@@ -11,17 +11,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
+
 from l32jax.checkpoint.engine.transfer import SILENT, Progress
 from l32jax.compress.attention import drop_heads, shorten_heads
 from l32jax.compress.calibration import Calibration, Subject
 from l32jax.compress.depth import drop_groups
 from l32jax.compress.mlp import narrow_mlps
-from l32jax.compress.target import Choice, require_divisible, require_reachable, turning
+from l32jax.compress.target import Choice, require_reachable, turning
 from l32jax.compress.tie import tie
 from l32jax.compress.width import narrow_stream
 from l32jax.config import DecoderConfig, LlamaConfig
 from l32jax.model.llama import Batch
 from l32jax.model.parameters import Params, count
+from l32jax.sharding import require_divisible
 
 Cut = Callable[[Subject, Calibration, DecoderConfig], tuple[Subject, Choice]]
 
@@ -83,7 +86,7 @@ def prune(
       InputError: the target is not the model with less of something.
     """
     require_reachable(config, target)
-    require_divisible(target)
+    require_divisible(target, "the target", jax.sharding.get_abstract_mesh().shape)
     subject = Subject(config, params)
 
     def step(name: str, chosen: Choice) -> Step:

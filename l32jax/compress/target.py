@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import jax
-
 from l32jax.config import DecoderConfig, LlamaConfig
 from l32jax.errors import InputError
-from l32jax.sharding import PARAM_AXES
 
 # What stays of a part, as JSON has it: indices by slot of the group pattern, or of the whole model.
 Choice = Mapping[str, Any]
@@ -24,6 +21,11 @@ def resized(config: LlamaConfig, **sizes: Any) -> LlamaConfig:
 def require_reachable(source: LlamaConfig, target: LlamaConfig) -> None:
     """InputError unless the target is the source with less of something."""
     before, after = source.decoder, target.decoder
+    if source.loras:
+        raise InputError(
+            "model to prune: it has LoRA; merge that first, as `l32jax convert` does, and prune "
+            "what it writes"
+        )
     if source.vision != target.vision:
         raise InputError(
             "target of pruning: its image encoder is not the model's, which stays as it is; prune "
@@ -61,19 +63,6 @@ def _require_heads(before: DecoderConfig, after: DecoderConfig) -> None:
             f"num_heads={after.num_heads} of the target with num_kv_heads={after.num_kv_heads}: in "
             f"the model a key/value head serves {shared} heads; choose fewer heads"
         )
-
-
-def require_divisible(target: LlamaConfig) -> None:
-    """InputError unless the mesh that is set can divide the target's weights."""
-    decoder, axes = target.decoder, jax.sharding.get_abstract_mesh().shape
-    sizes = {"d": "embed_dim", "f": "mlp_dim", "n": "num_heads", "k": "num_kv_heads"}
-    for letter, name in sizes.items():
-        axis = PARAM_AXES[letter]
-        if getattr(decoder, name) % axes[axis]:
-            raise InputError(
-                f"{name}={getattr(decoder, name)} of the target: the mesh's axis {axis} of "
-                f"{axes[axis]} devices does not divide it; choose another size or mesh"
-            )
 
 
 def turning(config: LlamaConfig, target: LlamaConfig) -> LlamaConfig:

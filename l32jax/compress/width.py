@@ -132,7 +132,7 @@ def _ends(decoder: Any, scores: Scores, kept: Channels) -> dict[str, Any]:
     """Tables, and the last norm."""
     tables = {
         name: {"weight": np.asarray(decoder[name]["weight"])[:, kept]}
-        for name in ("embedding", "image_embedding", "head")
+        for name in ("embedding", "image_embedding", "head", "reward_head")
         if name in decoder
     }
     scale = np.asarray(decoder["final_norm"]["scale"])[None]

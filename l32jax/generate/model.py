@@ -207,7 +207,7 @@ class Model:
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError(
-                "tokenizer of the model: none stands beside its weights; give one with tokenizer="
+                "tokenizer of the model: none stands beside its weights; put it there, or name it"
             )
         return self.tokenizer
 

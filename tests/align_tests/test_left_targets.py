@@ -208,6 +208,27 @@ def test_nothing_is_begun_with_values_that_cannot_be(folder, tmp_path, changes):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_of_one_token_are_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="length=1 of rows"):
+        data = DataConfig(mixture=(("none", 1.0),), batch_size=1, length=1)
+        LeftConfig(data=data, output=str(tmp_path), teachers=(("tiny-text", 1.0),))
+
+
+@pytest.mark.parametrize("teachers", [("tiny-text", "tiny-vision"), ("tiny-vision", "tiny-text")])
+def test_all_teachers_must_see_what_there_is_to_see(folder, tmp_path, teachers):
+    named = tuple((name, 1.0) for name in teachers)
+    with pytest.raises(InputError, match="the model is text-only"):
+        left(config(folder / "seen.jsonl", tmp_path / "out", max_images=1, teachers=named))
+
+
+def test_what_other_weights_have_left_is_not_gone_on_with(folder, tmp_path):
+    made = config(folder / "texts.jsonl", tmp_path / "out", top_k=3)
+    mesh = make_mesh()
+    leave_targets(made, [load("tiny-text", mesh=mesh, seed=0)])
+    with pytest.raises(InputError, match="it is of other sources, models or settings"):
+        leave_targets(made, [load("tiny-text", mesh=mesh, seed=1)])
+
+
 def test_parts_that_end_together_write_one_index(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(left_targets, "UNIT", 1)
     finish, ending = left_targets._finish, []

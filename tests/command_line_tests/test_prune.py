@@ -15,7 +15,7 @@ PRUNE = ("prune", "tiny-text", "made/small")
 
 @pytest.mark.slow
 def test_a_pruned_model_is_one_that_answers_beside_its_report(run_folder, capsys):
-    assert main([*PRUNE, "--to", "custom", *SMALLER, *HOW]) == 0
+    assert main(["prune", "tiny-text", "made/small/", "--to", "custom", *SMALLER, *HOW]) == 0
     told = capsys.readouterr().out
     assert "1 of 4 layers: " in told and "64 of 160 neurons" in told and "perplexity" in told
     model = l32jax.load("made/small")
@@ -72,6 +72,15 @@ def test_nothing_is_overwritten(complaint, run_folder, name):
     (run_folder / "made").mkdir()
     (run_folder / name).write_text("mine")
     assert name in complaint(*PRUNE, "--to", "custom", "--layers", "3", *HOW)
+
+
+def test_a_destination_that_cannot_be_is_told_at_once(complaint, run_folder):
+    (run_folder / "file").write_text("mine")
+    layers = ("--to", "custom", "--layers", "3", *HOW)
+    told = complaint("prune", "tiny-text", "file/small", *layers)
+    assert "'file/small': nothing can be written to" in told
+    seeing = ("--to", "custom", "--mlp-dim", "96", *HOW)
+    assert "GGUF holds text only" in complaint("prune", "tiny-vision", "small.gguf", *seeing)
 
 
 def test_a_bucket_is_not_a_destination(complaint):

@@ -1,5 +1,7 @@
 """What is dead goes unnoticed, what stays is where it was, and every model in between is whole."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from l32jax.compress.attention import rotary_dims
 from l32jax.compress.prune import prune
 from l32jax.compress.target import require_reachable, resized
 from l32jax.compress.weights import transferred
-from l32jax.config import LlamaConfig, MeshConfig
+from l32jax.config import LlamaConfig, LoraConfig, MeshConfig
 from l32jax.errors import InputError
 from l32jax.model.rope import cos_sin, frequencies, rotate
 from l32jax.presets import (
@@ -124,6 +126,24 @@ def test_what_is_dead_goes_and_nothing_is_noticed(name, seed):
     np.testing.assert_allclose(small, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     losses = [step.perplexity for step in found.steps]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_reward_model_stays_one():
+    config, mesh = dataclasses.replace(TEXT, reward_head=True), single_device_mesh()
+    with jax.set_mesh(mesh):
+        params = random_params(config, mesh)
+        found = pruned(config, params, resized(config, embed_dim=32), mesh)
+    (kept,) = (step.chosen["channels"] for step in found.steps if step.name == "embedding")
+    expected = np.asarray(params["decoder"]["reward_head"]["weight"])[:, kept]
+    assert np.array_equal(found.params["decoder"]["reward_head"]["weight"], expected)
+
+
+def test_a_model_with_lora_is_refused():
+    lora = LoraConfig(rank=2, alpha=4.0)
+    config = dataclasses.replace(TEXT, decoder=dataclasses.replace(TEXT.decoder, lora=lora))
+    with pytest.raises(InputError, match="it has LoRA; merge that first"):
+        require_reachable(config, resized(config, mlp_dim=48))
 
 
 @pytest.mark.slow

@@ -65,6 +65,54 @@ def test_an_impossible_objective_says_what_is_wrong(objective, name, value):
         objective(**{name: value})
 
 
+LARGER = dataclasses.replace(
+    MODEL, vision=dataclasses.replace(MODEL.vision, image_size=2 * MODEL.vision.image_size)
+)
+OTHER_WORDS = dataclasses.replace(
+    TEXT, decoder=dataclasses.replace(TEXT.decoder, vocab_size=2 * TEXT.decoder.vocab_size)
+)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "images", "message"),
+    [
+        (OTHER_WORDS, 0, "teacher 'wise' of stage 'small': it knows 1024 words, and the model 512"),
+        (TEXT, 1, "it reads text only, and rows have images"),
+        (LARGER, 1, "its tiles are of another size or number"),
+    ],
+)
+def test_a_teacher_that_cannot_read_the_rows_is_told(teacher, images, message):
+    told = Distill(teachers=(Teacher(model=teacher, start_from="wise"),))
+    learning = stage(("adapter",))
+    data = dataclasses.replace(learning.data, max_images=images)
+    learning = dataclasses.replace(learning, data=data, objective=told)
+    with pytest.raises(InputError, match=re.escape(message)):
+        TrainConfig(model=MODEL, stages=(learning,), directory="run")
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "message"),
+    [
+        (
+            Distill(teachers=(Teacher(model=MODEL, start_from="wise"),)),
+            {"features": "seen"},
+            "features='seen' of stage 'small': teachers see images by their own",
+        ),
+        (Distill(top_k=4), {"mirror_images": True}, "mirror_images of stage 'small': what models"),
+        (
+            Dpo(reference="data"),
+            {"mirror_images": True, "max_pairs": 1},
+            "mirror_images of stage 'small': what models",
+        ),
+    ],
+)
+def test_targets_are_of_the_images_that_are_seen(objective, data, message):
+    learning = stage(("adapter",))
+    seen = dataclasses.replace(learning.data, max_images=1, **data)
+    with pytest.raises(InputError, match=re.escape(message)):
+        dataclasses.replace(learning, data=seen, objective=objective)
+
+
 def test_a_text_model_has_no_image_size():
     larger = dataclasses.replace(RUN.stages[0], image_size=42)
     with pytest.raises(InputError, match="the model has no image encoder; leave it out"):

@@ -16,7 +16,7 @@ from l32jax.data.sources.open import is_prepared, open_source
 from l32jax.data.streams import Rows
 from l32jax.data.tokenizer import Tokenizer
 from l32jax.errors import InputError
-from l32jax.objective_config import Distill, Dpo, NextToken, Objective
+from l32jax.objective_config import Distill, NextToken, Objective, reads_targets
 from l32jax.run_config import DataConfig
 
 NEXT_TOKEN = NextToken()
@@ -44,12 +44,11 @@ def open_sources(data: DataConfig, tokenizer: Tokenizer) -> list[Sequence[Sample
 
 def _require_targets(name: str, objective: Objective) -> None:
     """InputError unless models have left in a source what is learned from it."""
-    if isinstance(objective, Distill) and objective.top_k:
-        wanted = {"top_k": objective.top_k, "temperature": objective.temperature}
-    elif isinstance(objective, Dpo) and objective.reference == "data":
-        wanted = {}
-    else:
+    if not reads_targets(objective):
         return
+    wanted = {}
+    if isinstance(objective, Distill):
+        wanted = {"top_k": objective.top_k, "temperature": objective.temperature}
     found = read_index(Path(name)).get("targets") if is_prepared(name) else None
     if found is None:
         raise InputError(
