@@ -18,7 +18,7 @@ from l32jax.errors import InputError, one_line
 # told by this truth. It is called in several threads.
 Verifier = Callable[[str, Truth], float]
 
-CODE_BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+CODE_BLOCK = re.compile(r"^```(\w*+)[^\n]*+\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Where answers to questions with choices name their letter, the surest place first.
 LETTERS = tuple(
     map(

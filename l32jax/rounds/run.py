@@ -182,9 +182,10 @@ def _prompts(source: str, check: Verifier) -> Sequence[Prompt]:
 
 
 def _require_same(path: Path, config: RoundsConfig) -> None:
-    """More rounds may follow; all else is as it was."""
+    """More rounds may follow; all else is as it was, once anything is done."""
     told = json.loads(to_json(dataclasses.replace(config, rounds=1)))
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != told:
+    begun = path.exists() and path.with_name(ROUNDS).exists()
+    if begun and json.loads(path.read_text(encoding="utf-8")) != told:
         raise InputError(
             f"rounds in {path.parent}: they have another config; give that, or another directory"
         )

@@ -170,7 +170,9 @@ def test_accuracy_is_of_what_can_be_verified(tmp_path):
 def test_a_folder_of_other_rounds_is_left_alone(tmp_path):
     chosen = config(tmp_path, "tiny-text")
     (tmp_path / "rounds").mkdir()
-    rounds._require_same(tmp_path / "rounds" / rounds.CONFIG, chosen)
+    rounds._require_same(tmp_path / "rounds" / rounds.CONFIG, dataclasses.replace(chosen, rows=1))
+    rounds._require_same(tmp_path / "rounds" / rounds.CONFIG, chosen)  # nothing was done
+    (tmp_path / "rounds" / rounds.ROUNDS).write_text("[]")
     with pytest.raises(InputError, match="they have another config; give that, or another"):
         list(run_rounds(dataclasses.replace(chosen, answers=4), Silent()))
 

@@ -74,7 +74,14 @@ def test_whatever_the_text_a_number_comes_out_or_none(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["1,111" * 100_000, "\\frac{" + " " * 200_000, "answer " * 100_000, "```\n" * 100_000]
+    "text",
+    [
+        "1,111" * 100_000,
+        "\\frac{" + " " * 200_000,
+        "answer " * 100_000,
+        "```\n" * 100_000,
+        "```" + "a" * 400_000,
+    ],
 )
 def test_long_answers_take_no_longer(text):
     for check in VERIFIERS.values():

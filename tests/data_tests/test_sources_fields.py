@@ -90,6 +90,10 @@ DIALOGS = [
 
 USER = {"role": "user", "content": "?"}
 BAD = [
+    ({"messages": [USER, {"role": "assistant", "content": "I look.", "tool_calls": [{}]}]},
+     "tool_calls beside its content"),
+    *(({"prompt": "?", "chosen": "a", "rejected": "b", "margin": margin}, "a score is no number")
+      for margin in (10**400, float("nan"), float("inf"))),
     ([], "not an object"),
     ({}, "no known kind"),
     ({"image": "1.png"}, "no known kind"),

@@ -25,7 +25,6 @@ A field that is null is not there. `check`, an object, is kept as it is, for ver
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -41,6 +40,7 @@ FIELDS = (
     "caption", "prompt", "completion", "chosen", "rejected", "margin", "answers", "scores", "check",
 )  # fmt: skip
 DOCUMENT = {"parts", "texts", "text", "caption"}  # who has one of these asks nothing
+MAX_SCORE = 1e30  # no integer beyond a float, no infinity, no NaN
 MARK = re.compile(r"\n?(?:<image>|<\|image\|>)\n?")
 ROLES = {"human": "user", "gpt": "assistant"}  # as LLaVA names them; others are called as here
 MAX_ANSWERS = 64  # to compare
@@ -129,7 +129,7 @@ def _comparison(fields: Mapping[str, Any], place: str, find: Find) -> Record:
         scores = _list(fields.get("scores", []), "scores")
     if not 2 <= len(given) <= MAX_ANSWERS or len(scores) not in (0, len(given)):
         raise Unusable(f"it has {len(given)} answers and {len(scores)} scores to compare")
-    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+    if not all(type(score) in (int, float) and abs(score) <= MAX_SCORE for score in scores):
         raise Unusable("a score is no number")
     if sorted(scores, reverse=True) != scores:
         raise Unusable("its answers are not in the order of their scores")
@@ -176,6 +176,8 @@ def _conversation(fields: Mapping[str, Any], find: Find) -> tuple[Message, ...]:
     turns = []
     if "messages" in fields:
         for turn in _list(fields["messages"], "messages"):
+            if _given(turn, "tool_calls") and turn["tool_calls"]:
+                raise Unusable("a turn has tool_calls beside its content, which are not read yet")
             content = tuple(_content(_field(turn, "content"), find, marked=has_images))
             turns.append((_text(_field(turn, "role")), content))
     else:
